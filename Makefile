@@ -1,0 +1,32 @@
+# make demo, make test: each makes the environment it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := swift_patch tests benchmarks
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/swift-patch demo --output_dir demo_out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/flake8 $(SOURCES)
+	$(BIN)/isort --check-only --diff $(SOURCES)
+	$(BIN)/yapf --diff --recursive $(SOURCES)
+
+format: $(VENV)/.installed
+	$(BIN)/isort $(SOURCES)
+	$(BIN)/yapf --in-place --recursive $(SOURCES)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lint,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo_out *.egg-info
