@@ -1,0 +1,26 @@
+"""Fuse LoRAs per sample at a flat cost, in ms-swift and PEFT.
+
+Importing the package applies its patch, unless the environment variable `SWIFT_PATCH_DISABLE` is set to 1. It imports
+neither ms-swift nor PEFT nor torch: they are patched when they are imported.
+"""
+import os
+from typing import TYPE_CHECKING, Any
+
+from .patching import apply, is_applied, revert
+
+if TYPE_CHECKING:
+    from .composer import FusionComposer
+
+__version__ = '0.1.0'
+__all__ = ['FusionComposer', 'apply', 'is_applied', 'revert']
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'FusionComposer':
+        from .composer import FusionComposer
+        return FusionComposer
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+if os.environ.get('SWIFT_PATCH_DISABLE', '0').lower() not in ('1', 'true', 'yes', 'on'):
+    apply()

@@ -1,0 +1,179 @@
+"""Which adapters are active, on which device they are: touch only what differs.
+
+Stock `SwiftModel.set_active_adapters` walks the whole model twice for every adapter that was ever added, and collects
+garbage once per layer when it offloads. These functions look at each LoRA layer once per call, ask it what is active
+in the calling thread (the layers are the truth, not `SwiftModel.active_adapters`), and change what is not as wanted.
+"""
+import threading
+from contextlib import contextmanager
+from swift.tuners.lora import LoRA
+from swift.tuners.lora_layers import LoraLayer, LoRALayer
+from swift.tuners.mapping import SWIFT_MAPPING
+from swift.tuners.utils import ModulesToSaveWrapper, OffloadHelper, SwiftAdapter
+from swift.utils import gc_collect
+from torch import nn
+from typing import AbstractSet, Any, Iterable, Iterator, List, Optional, Union
+
+from .lora_index import LoraIndex
+
+# How deep this thread is in `collect_garbage_once`, and whether anything was moved inside.
+_offloading = threading.local()
+
+
+@contextmanager
+def collect_garbage_once() -> Iterator[None]:
+    """Within it, `offload_module` leaves the garbage; at its outermost end it is collected, if anything was moved."""
+    depth = getattr(_offloading, 'depth', 0)
+    if depth == 0:
+        _offloading.moved = False
+    _offloading.depth = depth + 1
+    try:
+        yield
+    finally:
+        _offloading.depth = depth
+        if depth == 0 and _offloading.moved:
+            gc_collect()
+
+
+def offload_module(module: nn.Module, adapter_name: str, module_key: str, offload: Optional[str]) -> None:
+    """Moves the parameters of `module` to the CPU or, through a file, to the meta device.
+
+    Stands in for `SwiftAdapter.offload`, which collects garbage even where nothing is left to move.
+
+    Args:
+        module: The module to move, its device is remembered in its attribute `origin_device`.
+        adapter_name: With `module_key`, names the file for the meta device.
+        module_key: The name of the module in the model.
+        offload: `'cpu'`, `'meta'`, or None to do nothing.
+
+    Raises:
+        NotImplementedError: `offload` is none of these.
+    """
+    if not offload:
+        return
+    if offload not in ('cpu', 'meta'):
+        raise NotImplementedError(f"offload is expected to be 'cpu' or 'meta', found {offload!r}.")
+    device = next(iter(module.parameters())).device
+    if getattr(module, 'origin_device', str(device)) != str(device):
+        return
+    module.origin_device = str(device)
+    if device.type == offload:
+        return
+    if offload == 'meta':
+        if SwiftAdapter.offload_helper is None:
+            SwiftAdapter.offload_helper = OffloadHelper()
+        SwiftAdapter.offload_helper.offload_disk(module, adapter_name=adapter_name, module_key=module_key)
+    module.to(offload)
+    if getattr(_offloading, 'depth', 0):
+        _offloading.moved = True
+    else:
+        gc_collect()
+
+
+def set_active_adapters(self: Any, adapter_names: Union[List[str], str], offload: Optional[str] = None) -> None:
+    """Set activated adapters
+
+    Activates what is not active and deactivates what is; the cost does not depend on how many adapters were added.
+
+    Args:
+        adapter_names(`Union[List[str], str]`): The adapters needed to be activated
+        offload(`str`): Whether to offload the deactivated ones to `cpu` or `meta` device
+    """
+    if not adapter_names:
+        adapter_names = []
+    if isinstance(adapter_names, str):
+        adapter_names = [adapter_names]
+
+    existing = set(self.adapters)
+    active = set(adapter_names) & existing
+    lora_active, lora_inactive = set(), set()
+    with collect_garbage_once():
+        for names, lora_names, activate in ((active, lora_active, True), (existing - active, lora_inactive, False)):
+            for name in names:
+                if _is_lora(self.adapters[name].config):
+                    lora_names.add(name)
+                elif activate:
+                    self.activate_adapter(name)
+                else:
+                    # Other tuners keep their state each in a way of its own; only they know what differs.
+                    self.deactivate_adapter(name, offload)
+        switch_adapters(self.base_model, lora_active, lora_inactive, offload)
+    self.active_adapters = active
+
+
+def activate_adapter(module: nn.Module, adapter_name: str, activate: bool, offload: Optional[str] = None) -> None:
+    """Activates or deactivates one LoRA adapter in the calling thread. Stands in for `LoRA.activate_adapter`.
+
+    Args:
+        module: The model.
+        adapter_name: The adapter.
+        activate: Whether to activate or to deactivate it.
+        offload: Where to move the weights of a deactivated adapter: `'cpu'`, `'meta'` or None, to leave them.
+    """
+    with collect_garbage_once():
+        if activate:
+            switch_adapters(module, {adapter_name}, frozenset(), offload)
+        else:
+            switch_adapters(module, frozenset(), {adapter_name}, offload)
+
+
+def switch_adapters(model: nn.Module, activate: AbstractSet[str], deactivate: AbstractSet[str],
+                    offload: Optional[str]) -> None:
+    """Makes the LoRA adapters `activate` active and `deactivate` inactive in the calling thread.
+
+    Args:
+        model: The model with the LoRA layers.
+        activate: Adapters to activate; weights that were offloaded are loaded, in active layers too.
+        deactivate: Adapters to deactivate, none of them in `activate`.
+        offload: Where to move the weights of all of `deactivate`, also of those that are inactive already.
+    """
+    index = LoraIndex.of(model)
+    for _, wrapper in index.of_type(ModulesToSaveWrapper):
+        _switch_wrapper(wrapper, activate, deactivate, offload)
+    for _, layer in index.of_type(LoraLayer, LoRALayer):
+        states = layer._thread_inf.get(layer.indent, {})
+        for name in activate:
+            if not states.get(name):
+                layer.set_activation(name, True)
+        for name in [name for name, is_active in states.items() if is_active and name in deactivate]:
+            layer.set_activation(name, False)
+        if hasattr(type(layer), 'save_memory'):
+            move_adapters(layer, activate, None)
+            if offload:
+                move_adapters(layer, deactivate, offload)
+
+
+def move_adapters(layer: Any, adapters: Iterable[str], offload: Optional[str]) -> None:
+    """Offloads the weights of `adapters` in one of ms-swift's LoRA layers, or loads them back where they were.
+
+    Args:
+        layer: The LoRA layer.
+        adapters: The adapters; those that `layer` does not have are passed over.
+        offload: `'cpu'`, `'meta'`, or None to load.
+    """
+    for layer_name in layer.adapter_layer_names:
+        modules = layer._modules[layer_name]._modules
+        for adapter in adapters:
+            module = modules.get(adapter)
+            if module is None:
+                continue
+            key = f'{layer_name}.{adapter}'
+            if offload:
+                SwiftAdapter.offload(module, key, layer.module_key, offload=offload)
+            elif 'origin_device' in module.__dict__:
+                SwiftAdapter.load(module, key, layer.module_key)
+
+
+def _switch_wrapper(wrapper: ModulesToSaveWrapper, activate: Iterable[str], deactivate: Iterable[str],
+                    offload: Optional[str]) -> None:
+    for name in activate:
+        wrapper.set_adapter(name)
+    for name in deactivate:
+        # Always, where the adapter has this module: the call also freezes it, and loads the original module.
+        if name in wrapper.modules_to_save:
+            wrapper.deactivate_adapter(name, offload)
+
+
+def _is_lora(config: Any) -> bool:
+    # By the function, not by the class: LongLoRA is switched by what it inherits from LoRA.
+    return SWIFT_MAPPING[config.swift_type][1].activate_adapter is LoRA.activate_adapter

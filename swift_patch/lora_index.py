@@ -1,0 +1,123 @@
+"""Where an adapter's A and B are in a model.
+
+A model with M adapters holds three more modules per adapter in every LoRA layer, so walking `model.modules()` grows
+with M and N. The index walks past the adapters, once, and afterwards only compares the children of every module with
+those it saw: exact (any module added, removed or replaced is noticed) and far cheaper than a walk.
+"""
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+
+_ATTRIBUTE = '_lora_index'
+# Keyed by adapter name in every LoRA layer, besides those that `adapter_layer_names` and `other_param_names` list.
+_MORE_CONTAINERS = ('use_rslora', 'use_dora', 'lora_bias', 'lora_variant')
+
+
+class Factors(NamedTuple):
+    """The low-rank factors of one adapter in one LoRA layer: ΔW = scaling · B · A (Hu et al. 2021, LoRA).
+
+    Attributes:
+        A: shape (r, in_features); for a convolution (r, in_channels, *kernel), for an embedding (r, num_embeddings).
+        B: shape (out_features, r); for a convolution (out_channels, r / groups, 1, ...), for an embedding
+            (embedding_dim, r).
+    """
+    A: Tensor
+    B: Tensor
+
+
+class LoraIndex:
+    """The modules of one model without those inside its adapters, in the order of `named_modules`.
+
+    It lives in the model's `__dict__` and dies with the model; a copied or pickled model gets none.
+
+    Attributes:
+        modules: `(name, module)` of every module but the adapters' own.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.modules: List[Tuple[str, nn.Module]] = []
+        # The dicts of children that were walked, and what they held then.
+        self._seen: List[Tuple[Dict[str, Optional[nn.Module]], List[Optional[nn.Module]]]] = []
+        self._of_type: Dict[Any, List[Tuple[str, Any]]] = {}
+        self._walk('', model, set())
+
+    @classmethod
+    def of(cls, model: nn.Module) -> 'LoraIndex':
+        """Returns the index of `model`, walking it only where it is not the model that was walked before."""
+        index = model.__dict__.get(_ATTRIBUTE)
+        if not (isinstance(index, cls) and index._is_current(model)):
+            # Straight into __dict__: a wrapper such as torch.compile's passes attributes on to what it wraps.
+            index = model.__dict__[_ATTRIBUTE] = cls(model)
+        return index
+
+    def of_type(self, *classes: type) -> List[Tuple[str, Any]]:
+        """Returns `(name, module)` of every module that is an instance of one of `classes`."""
+        found = self._of_type.get(classes)
+        if found is None:
+            found = self._of_type[classes] = [item for item in self.modules if isinstance(item[1], classes)]
+        return found
+
+    def layers(self) -> List[Tuple[str, LoraLayer]]:
+        """Returns `(name, layer)` of every LoRA layer."""
+        return self.of_type(LoraLayer)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # What is remembered of one model says nothing about its copy.
+        return dict, ()
+
+    def _is_current(self, model: nn.Module) -> bool:
+        # Modules compare by identity: two lists are equal only where they hold the very same modules.
+        return self._seen[0][0] is model._modules and all(
+            list(children.values()) == seen for children, seen in self._seen)
+
+    def _walk(self, name: str, module: nn.Module, visited: Set[nn.Module]) -> None:
+        visited.add(module)
+        self.modules.append((name, module))
+        children = module._modules
+        if children or not name:
+            self._seen.append((children, list(children.values())))
+        for child_name, child in children.items():
+            # A base layer may hold LoRA layers of its own (attention, experts); all other children are the adapters.
+            is_adapters = isinstance(module, LoraLayer) and child_name != 'base_layer'
+            if child is not None and child not in visited and not is_adapters:
+                self._walk(f'{name}.{child_name}' if name else child_name, child, visited)
+
+
+def adapter_containers(layer: LoraLayer) -> Dict[str, Any]:
+    """Returns by attribute every container of `layer` that is keyed by adapter: parameters, rank, scaling, flags."""
+    names = dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, *_MORE_CONTAINERS))
+    containers = {name: getattr(layer, name, None) for name in names}
+    return {name: container for name, container in containers.items() if hasattr(container, 'keys')}
+
+
+def factors(layer: LoraLayer, adapter: str) -> Optional[Factors]:
+    """Returns the parameters of `adapter` in `layer`, or None where the adapter does not target this layer."""
+    module = layer.lora_A._modules.get(adapter)
+    if module is not None:
+        return Factors(module.weight, layer.lora_B._modules[adapter].weight)
+    if adapter in layer.lora_embedding_A:
+        return Factors(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
+    return None
+
+
+def groups(layer: LoraLayer) -> int:
+    """Returns the groups of a convolution, which part the rank too; 1 for any other layer."""
+    return getattr(layer.get_base_layer(), 'groups', 1)
+
+
+def padded(layer: LoraLayer, new: Factors, slot: Factors) -> Factors:
+    """Returns `new` with zeros up to the shape of `slot`, of larger rank: the same delta."""
+    if new.A.shape == slot.A.shape:
+        return new
+    A, B, rank = new.A.new_zeros(slot.A.shape), new.B.new_zeros(slot.B.shape), new.B.shape[1]
+    A.unflatten(0, (groups(layer), -1))[:, :rank] = new.A.unflatten(0, (groups(layer), -1))
+    B[:, :rank] = new.B
+    return Factors(A, B)
+
+
+def unpadded(layer: LoraLayer, slot: Factors, rank: int) -> Factors:
+    """Returns the first `rank` of the rank of `slot`: undoes `padded`."""
+    if rank >= slot.A.shape[0]:
+        return slot
+    rank //= groups(layer)
+    return Factors(slot.A.unflatten(0, (groups(layer), -1))[:, :rank].flatten(0, 1), slot.B[:, :rank])

@@ -1,0 +1,96 @@
+"""What is replaced where: one table, and the three functions that put it in force, take it back, and tell.
+
+Nothing here imports ms-swift or PEFT: what is not imported yet is patched right after its import, by wrapt's
+post-import hooks.
+"""
+import importlib
+import sys
+import threading
+import wrapt
+from typing import Any, Dict, NamedTuple, Set, Tuple
+
+
+class Patch(NamedTuple):
+    """One attribute that is replaced.
+
+    Attributes:
+        after: the module whose import is waited for; the classes are complete then.
+        module: where the class is.
+        target: the class and the attribute.
+        source: `module:function` of this package, which takes its place.
+    """
+    after: str
+    module: str
+    target: str
+    source: str
+
+
+PATCHES = (
+    Patch('peft', 'peft.tuners.lora.model', 'LoraModel.add_weighted_adapter', 'weighted:add_weighted_adapter'),
+    Patch('peft', 'peft.tuners.lora.model', 'LoraModel.update_weighted_adapter', 'weighted:update_weighted_adapter'),
+    Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.update_weighted_adapter',
+          'weighted:update_weighted_adapter'),
+    Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.set_active_adapters', 'activation:set_active_adapters'),
+    Patch('swift.tuners.base', 'swift.tuners.lora', 'LoRA.activate_adapter', 'activation:activate_adapter'),
+    Patch('swift.tuners.base', 'swift.tuners.utils', 'SwiftAdapter.offload', 'activation:offload_module'),
+)
+
+_MISSING = object()
+# What stood where a patch is in force now, to be put back: filled when a patch is made, emptied by `revert`.
+_originals: Dict[Patch, Tuple[type, str, Any]] = {}
+# Whether the modules that are imported from now on are to be patched: set by `apply`, cleared by `revert`.
+_is_wanted = False
+# The modules that have a post-import hook. Never cleared, for wrapt cannot take a hook back; hooks ask `_is_wanted`.
+_hooked: Set[str] = set()
+# Guards all of the above. Reentrant: patching imports modules of this package, which may import a hooked module.
+_lock = threading.RLock()
+
+
+def apply() -> None:
+    """Puts `PATCHES` in force, each as soon as its module is imported. Doing it again changes nothing."""
+    global _is_wanted
+    _is_wanted = True
+    for module in dict.fromkeys(patch.after for patch in PATCHES):
+        if module in sys.modules:
+            _patch_after(module)
+        elif module not in _hooked:
+            _hooked.add(module)
+            # Outside of the lock: the thread that is importing the module would wait for it with its import lock held.
+            wrapt.register_post_import_hook(lambda imported: _patch_after(imported.__name__), module)
+
+
+def revert() -> None:
+    """Puts back the very objects that `apply` replaced and removes what it added. Doing it again changes nothing."""
+    global _is_wanted
+    with _lock:
+        _is_wanted = False
+        while _originals:
+            _, (owner, attribute, original) = _originals.popitem()
+            if original is _MISSING:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, original)
+
+
+def is_applied() -> bool:
+    """Returns whether the patches are in force, or will be as soon as their modules are imported."""
+    return _is_wanted
+
+
+def in_force() -> Tuple[Patch, ...]:
+    """Returns the patches whose modules are imported and that stand in them now."""
+    return tuple(patch for patch in PATCHES if patch in _originals)
+
+
+def _patch_after(module: str) -> None:
+    with _lock:
+        for patch in PATCHES:
+            if _is_wanted and patch.after == module and patch not in _originals:
+                class_name, attribute = patch.target.split('.')
+                owner = getattr(importlib.import_module(patch.module), class_name)
+                source, name = patch.source.split(':')
+                new = getattr(importlib.import_module(f'{__package__}.{source}'), name)
+                # From the class's own dict: an attribute's value would be bound, and could not be put back as it was.
+                original = vars(owner).get(attribute, _MISSING)
+                setattr(owner, attribute, staticmethod(new) if isinstance(original, staticmethod) else new)
+                _originals[patch] = owner, attribute, original

@@ -1,0 +1,248 @@
+"""Everything that can be wrong with a merge, found before the first write; and the tensors to merge."""
+import ctypes
+import math
+from dataclasses import dataclass, replace
+from numbers import Real
+from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Set, Tuple, Union
+
+from .adapters import Adapters
+from .lora_index import LoraIndex, factors, groups
+from .merging import COMBINATION_TYPES, MergeOptions, Source
+
+# Kinds of LoRA whose layers compute something else than scaling · B · A: a fused adapter keeps the kind it was made as.
+_VARIANTS = ('use_dora', 'alora_invocation_tokens', 'arrow_config', 'use_qalora')
+
+
+class LayerPlan(NamedTuple):
+    """The merge of one LoRA layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        layer: the layer.
+        like: the first source that has the layer, to make a missing one like.
+        sources: what to merge, all on one device.
+        is_transposed: whether the base layer keeps its weight as (in_features, out_features).
+    """
+    name: str
+    layer: LoraLayer
+    like: str
+    sources: List[Source]
+    is_transposed: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One checked merge.
+
+    Attributes:
+        options: as given; `options.combination_type` is what the adapter is remembered by.
+        combination_type: what is applied: a single source is merged by `linear`, as in PEFT, unless by `average`.
+        rank: the rank that a new adapter would have.
+        config: the config that a new adapter would have.
+        layers: the layers to merge, in the order of `named_modules`.
+    """
+    options: MergeOptions
+    combination_type: str
+    rank: int
+    config: LoraConfig
+    layers: List[LayerPlan]
+
+
+def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[float], options: MergeOptions) -> Plan:
+    """Checks a merge and finds its tensors. Changes nothing.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the sources cannot be merged this way.
+    """
+    sources, weights = check_sources(sources, weights)
+    check_options(options)
+    for source in sources:
+        check_source(source, adapters)
+
+    name = options.combination_type
+    if len(sources) == 1 and name != 'average':
+        name = 'linear'
+    combination = COMBINATION_TYPES[name]
+    if combination.needs_density and options.density is None:
+        raise ValueError(f'combination_type {name!r} needs a density, the fraction of values to keep.')
+    ranks = [adapters.rank(source) for source in sources]
+    if combination.rank == 'same' and len(set(ranks)) > 1:
+        raise ValueError(f'combination_type {name!r} merges adapters of one rank, found {dict(zip(sources, ranks))}: '
+                         "use 'cat' or 'svd'.")
+    rank = sum(ranks) if combination.rank == 'sum' else max(ranks)
+    if combination.rank == 'max' and options.svd_rank:
+        rank = options.svd_rank
+
+    config = _fused_config([adapters.configs[source] for source in sources], name, rank)
+    layers = []
+    for layer_name, layer in _reached(adapters, config, sources):
+        found = [(source, weight, adapters.factors(source, layer)) for source, weight in zip(sources, weights)]
+        merged = [(source, weight, pair) for source, weight, pair in found if pair is not None]
+        # Sources that were offloaded to the CPU are merged where the first one is.
+        tensors = [
+            Source(pair.A.to(merged[0][2].A.device), pair.B.to(merged[0][2].A.device), weight, layer.scaling[source])
+            for source, weight, pair in merged
+        ]
+        _check_layer(layer_name, layer, tensors, sources, name, options)
+        is_transposed = bool(getattr(layer, 'fan_in_fan_out', False)) or len(layer.lora_embedding_A) > 0
+        layers.append(LayerPlan(layer_name, layer, merged[0][0], tensors, is_transposed))
+    _check_modules_to_save(adapters, sources)
+    return Plan(options, name, rank, config, layers)
+
+
+def check_sources(sources: Iterable[str], weights: Iterable[float]) -> Tuple[List[str], List[float]]:
+    """Returns both as lists.
+
+    Raises:
+        TypeError: `sources` is not a list of strings, or `weights` not one of numbers.
+        ValueError: there are no sources, or not as many weights, or a weight is not finite.
+    """
+    if isinstance(sources, str) or not isinstance(sources, Iterable):
+        raise TypeError(f'adapters is expected to be a list of adapter names, found {sources!r}.')
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise TypeError(f'weights is expected to be a list of numbers, found {weights!r}.')
+    names, numbers = list(sources), []
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f'adapters is expected to hold strings, found {name!r} in it.')
+    for weight in weights:
+        is_number = isinstance(weight, Real) or (hasattr(weight, '__float__') and getattr(weight, 'shape', None) == ())
+        if isinstance(weight, bool) or not is_number:
+            raise TypeError(f'weights is expected to hold numbers, found {weight!r} in it.')
+        # PEFT multiplies with float32.
+        if not (abs(weight) < float('inf') and math.isfinite(ctypes.c_float(weight).value)):
+            raise ValueError(f'weights is expected to hold finite numbers (of float32), found {weight!r} in it.')
+        numbers.append(float(weight))
+    if not names:
+        raise ValueError('adapters is expected to name at least one adapter to merge, found none.')
+    if len(names) != len(numbers):
+        raise ValueError(f'adapters and weights are expected to be of one length, found {len(names)} adapters {names} '
+                         f'and {len(numbers)} weights {numbers}.')
+    return names, numbers
+
+
+def check_options(options: MergeOptions) -> None:
+    """Raises ValueError where an option is not one of its values."""
+
+    def is_in(value: Any, low: float, high: float) -> bool:
+        return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+
+    def expect(name: str, expected: str, is_right: bool) -> None:
+        if not is_right:
+            raise ValueError(f'{name} is expected to be {expected}, found {getattr(options, name)!r}.')
+
+    name, rank = options.combination_type, options.svd_rank
+    expect('combination_type', f'one of {list(COMBINATION_TYPES)}', isinstance(name, str) and name in COMBINATION_TYPES)
+    expect('svd_rank', 'a positive integer or None', rank is None or (type(rank) is int and rank >= 0))
+    expect('svd_clamp', 'a quantile from 0 to 1 or None', options.svd_clamp is None or is_in(options.svd_clamp, 0, 1))
+    expect('svd_driver', "'gesvd', 'gesvdj', 'gesvda' or None", options.svd_driver
+           in (None, 'gesvd', 'gesvdj', 'gesvda'))
+    # PEFT allows more than 1, which prunes nothing.
+    expect('density', 'the fraction of values to keep, from 0 to 1', options.density is None
+           or is_in(options.density, 0, 2**31))
+    expect('majority_sign_method', "'total' or 'frequency'", options.majority_sign_method in ('total', 'frequency'))
+
+
+def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target: str) -> None:
+    """Raises ValueError where the fused adapter `target` cannot take what `plan` merges."""
+    if target in sources:
+        raise ValueError(f'Adapter {target!r} cannot be refilled from itself: make another one by '
+                         '`add_weighted_adapter`.')
+    lacking = [item.name for item in plan.layers if factors(item.layer, target) is None]
+    for name, layer in adapters.layers():
+        if target in layer.merged_adapters:
+            raise ValueError(f'Adapter {target!r} is merged into the base weights of layer {name!r}: unmerge it before '
+                             'refilling it.')
+    for variant in _VARIANTS:
+        new, old = (getattr(config, variant, None) for config in (plan.config, adapters.configs[target]))
+        if new != old:
+            raise ValueError(
+                f'Adapter {target!r} was made with {variant}={old!r}, but from source {sources[0]!r} would '
+                f'have {variant}={new!r}: make another one by `add_weighted_adapter`.')
+        if new and lacking:
+            raise ValueError(
+                f'Adapter {target!r} lacks layers {lacking} and cannot grow, for it has {variant}={old!r}: '
+                'make another one by `add_weighted_adapter`.')
+
+
+def check_source(source: str, adapters: Adapters) -> None:
+    """Raises ValueError where `source` is not a LoRA that can be merged."""
+    if source not in adapters.configs:
+        raise ValueError(f'There is no adapter {source!r} to merge, only {sorted(adapters.configs)}.')
+    config = adapters.configs[source]
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f'Adapter {source!r} is expected to be a LoRA, found a {type(config).__name__}.')
+    if getattr(config, 'target_parameters', None):
+        raise ValueError(f'Adapter {source!r} targets parameters ({config.target_parameters}), which cannot be merged.')
+    if not any(factors(layer, source) for _, layer in adapters.layers()):
+        raise ValueError(f'Adapter {source!r} is expected to have LoRA layers that can be merged, found none: the '
+                         'model was changed, or they are of another kind (as with `use_merged_linear`).')
+
+
+def _check_modules_to_save(adapters: Adapters, sources: Sequence[str]) -> None:
+    for name, wrapper in LoraIndex.of(adapters.model).of_type(ModulesToSaveWrapper):
+        holders = [source for source in sources if source in wrapper.modules_to_save]
+        if len(holders) > 1:
+            raise ValueError(f'Adapters {holders} each hold a module {name!r} of their own (modules_to_save), which '
+                             'cannot be merged.')
+
+
+def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources: Sequence[str], combination_type: str,
+                 options: MergeOptions) -> None:
+    """Raises ValueError where the sources of one layer cannot be merged."""
+    rule = COMBINATION_TYPES[combination_type].rank
+    if not tensors:
+        raise ValueError(f'Adapters {list(sources)} have nothing to merge in layer {name!r}, which a new adapter would '
+                         f'have: that takes all target modules, and the other settings of {sources[0]!r}.')
+    merged = [source for source in sources if source in layer.merged_adapters]
+    if merged:
+        raise ValueError(f'Adapters {merged} are merged into the base weights of layer {name!r}: unmerge them first.')
+    shapes = {(*tensor.A.shape[1:], *tensor.B.shape[:1]) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f'Adapters {list(sources)} are expected to be of one shape in layer {name!r}, found '
+                         f'{sorted(shapes)}.')
+    ranks = [tensor.A.shape[0] for tensor in tensors]
+    if rule == 'same' and len(set(ranks)) > 1:
+        raise ValueError(f'combination_type {combination_type!r} merges adapters of one rank, found ranks {ranks} in '
+                         f"layer {name!r}: use 'cat' or 'svd'.")
+    if rule == 'max' and groups(layer) > 1:
+        raise ValueError(f'combination_type {combination_type!r} cannot merge layer {name!r}, a convolution in '
+                         f"{groups(layer)} groups: use 'linear', 'average' or 'cat'.")
+    if rule == 'max' and options.svd_driver is not None and tensors[0].A.device.type != 'cuda':
+        raise ValueError(f'svd_driver={options.svd_driver!r} is for CUDA, found layer {name!r} on '
+                         f'{tensors[0].A.device}: leave it out.')
+
+
+def _fused_config(configs: Sequence[LoraConfig], combination_type: str, rank: int) -> LoraConfig:
+    """Returns the config of a new adapter merged from adapters of these configs, as PEFT makes it."""
+    targets = [config.target_modules for config in configs]
+    if len({isinstance(target, str) for target in targets}) > 1:
+        raise ValueError('The target modules of the adapters are expected to be all regular expressions or all lists, '
+                         f'found {targets}.')
+    target_modules: Union[str, Set[str]]
+    if isinstance(targets[0], str):
+        target_modules = '|'.join(f'({target})' for target in targets)
+    else:
+        target_modules = set().union(*targets)
+    changes: Dict[str, Any] = {'r': rank, 'lora_alpha': rank, 'alpha_pattern': {}, 'rank_pattern': {}}
+    if combination_type == 'average':
+        # The scaling is the sources', however they came by it.
+        changes['use_rslora'] = False
+    return replace(configs[0], target_modules=target_modules, **changes)
+
+
+def _reached(adapters: Adapters, config: LoraConfig, sources: Sequence[str]) -> Iterator[Tuple[str, LoraLayer]]:
+    """Yields the LoRA layers that a new adapter of this config would be in."""
+    # These are the first source's, and hold for the target modules of all.
+    restrictions = ('layers_to_transform', 'exclude_modules', 'modules_to_save')
+    is_restricted = any(getattr(config, name, None) not in (None, [], '') for name in restrictions)
+    for name, layer in adapters.layers():
+        if is_restricted:
+            if check_target_module_exists(config, name):
+                yield name, layer
+        elif any(factors(layer, source) for source in sources):
+            yield name, layer
