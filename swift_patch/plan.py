@@ -113,8 +113,12 @@ def check_sources(sources: Iterable[str], weights: Iterable[float]) -> Tuple[Lis
         is_number = isinstance(weight, Real) or (hasattr(weight, '__float__') and getattr(weight, 'shape', None) == ())
         if isinstance(weight, bool) or not is_number:
             raise TypeError(f'weights is expected to hold numbers, found {weight!r} in it.')
-        # PEFT multiplies with float32.
-        if not (abs(weight) < float('inf') and math.isfinite(ctypes.c_float(weight).value)):
+        try:
+            # PEFT multiplies with float32.
+            is_finite = math.isfinite(ctypes.c_float(weight).value)
+        except OverflowError:
+            is_finite = False
+        if not is_finite:
             raise ValueError(f'weights is expected to hold finite numbers (of float32), found {weight!r} in it.')
         numbers.append(float(weight))
     if not names:

@@ -7,12 +7,13 @@ import math
 import torch
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from typing import Any, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
 from .adapters import Adapters
 from .growth import describe, grow
-from .lora_index import Factors, factors, padded
+from .lora_index import Factors, LoraIndex, factors, padded
 from .merging import COMBINATION_TYPES, MergeOptions, reference_scaling
 from .plan import Plan, check_sources, check_target, plan_merge
 
@@ -63,6 +64,9 @@ def add_weighted_adapter(
     loaded = Adapters.of(self)
     with _plain_tensors(), _on_device(loaded, adapters), ExitStack() as undo:
         plan = plan_merge(loaded, adapters, weights, options)
+        for parameter in self.model.parameters():
+            # PEFT freezes and unfreezes adapters when it adds or removes one.
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
         self.peft_config[adapter_name] = plan.config
         undo.callback(_remove, self, adapter_name, list(self.targeted_module_names))
         self.inject_adapter(self.model, adapter_name)
@@ -199,9 +203,16 @@ def _write(adapters: Adapters, adapter_name: str, merged: Mapping[str, Tuple[flo
 
 
 def _remove(model: Any, adapter_name: str, targeted_module_names: List[str]) -> None:
-    """Takes a new adapter out of a `LoraModel`."""
-    model.delete_adapter(adapter_name)
+    """Takes a new adapter, or what there is of it, out of a `LoraModel`."""
+    del model.peft_config[adapter_name]
     model.targeted_module_names[:] = targeted_module_names
+    index = LoraIndex.of(model.model)
+    for _, layer in index.layers():
+        layer.delete_adapter(adapter_name)
+    for _, wrapper in index.of_type(ModulesToSaveWrapper):
+        if adapter_name in wrapper.modules_to_save:
+            del wrapper.modules_to_save[adapter_name]
+        wrapper._adapters.discard(adapter_name)
 
 
 @contextmanager

@@ -1,0 +1,28 @@
+"""The command `swift-patch`. Each sub-command is a module with `add_parser`; none imports torch before it runs."""
+import argparse
+from rich_argparse import RichHelpFormatter
+from typing import List, Optional
+
+import swift_patch
+from . import demo, doctor, infer
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs `swift-patch`.
+
+    Args:
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 2 after a user's mistake, which is told on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog='swift-patch', description='Fuse LoRAs per sample at a flat cost.', formatter_class=RichHelpFormatter)
+    parser.add_argument('--version', action='version', version=f'swift-patch {swift_patch.__version__}')
+    subparsers = parser.add_subparsers(required=True, metavar='COMMAND')
+    for command in (infer, demo, doctor):
+        command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.formatter_class = RichHelpFormatter
+    args = parser.parse_args(argv)
+    return args.run(args)

@@ -1,0 +1,59 @@
+"""`swift-patch doctor`: which versions there are, what is in force, and the file for `--external_plugins`."""
+import argparse
+import importlib
+import platform
+from importlib import metadata
+from pathlib import Path
+from rich.console import Console
+from rich.table import Table
+
+from swift_patch import patching
+
+PLUGIN = Path(__file__).resolve().parent.parent / 'external_plugin' / 'swift_patch_plugin.py'
+_PACKAGES = ('swift-patch', 'ms-swift', 'peft', 'transformers', 'torch')
+
+
+def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
+    """Adds the command `doctor` to those of `swift-patch`."""
+    parser = subparsers.add_parser(
+        'doctor',
+        help='show the versions found, what the patch replaces, and the file for --external_plugins',
+        description='Show the versions found, what is in force, and the file that applies the patch in '
+        "ms-swift's own commands: swift infer --external_plugins FILE.")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0 where the whole patch is in force, else 1.
+    """
+    for module in dict.fromkeys(patch.after for patch in patching.PATCHES):
+        importlib.import_module(module)
+    console = Console()
+
+    versions = Table('package', 'version', title='Versions', title_justify='left')
+    versions.add_row('python', platform.python_version())
+    for package in _PACKAGES:
+        versions.add_row(package, _version(package))
+    console.print(versions)
+
+    in_force = patching.in_force()
+    patches = Table('replaced', 'by', 'in force', title='Patch', title_justify='left')
+    for patch in patching.PATCHES:
+        patches.add_row(f'{patch.module}.{patch.target}', f'swift_patch.{patch.source.replace(":", ".")}',
+                        'yes' if patch in in_force else 'no')
+    console.print(patches)
+    if not patching.is_applied():
+        console.print('The patch is not applied: is SWIFT_PATCH_DISABLE set?')
+    # Not wrapped at the width of the console, to be copied whole.
+    console.print(f'swift infer --external_plugins {PLUGIN}', soft_wrap=True, highlight=False)
+    return 0 if set(in_force) == set(patching.PATCHES) else 1
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return 'not installed'

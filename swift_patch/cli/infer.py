@@ -1,0 +1,136 @@
+"""`swift-patch infer`: named and behaving like `swift infer`, with a composition of adapters for each sample."""
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+
+if TYPE_CHECKING:
+    from swift_patch.inference.run import InferSummary
+
+# Options handed to ms-swift as they are; one that is not given is left to ms-swift.
+SWIFT_OPTIONS = ('model', 'model_type', 'model_revision', 'use_hf', 'torch_dtype', 'device_map', 'attn_impl',
+                 'template', 'system', 'max_length', 'truncation_strategy', 'response_prefix', 'enable_thinking',
+                 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'num_beams', 'stop_words',
+                 'logprobs', 'top_logprobs', 'seed')
+COMPOSER_OPTIONS = ('combination_type', 'density', 'svd_rank', 'majority_sign_method')
+
+
+def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
+    """Add the `infer` command to those of `swift-patch`."""
+    parser = subparsers.add_parser(
+        'infer',
+        help='generate with a composition of LoRAs for each sample',
+        description='Answer every line of a JSONL file with its own composition of LoRAs. A line is '
+        '{"messages": [...], "adapters": ["a", "b"], "weights": [0.6, 0.4]}, with weights 1/k where none are given. '
+        'Options that are not given have the values that swift infer would give them.')
+    parser.set_defaults(run=run)
+
+    group = parser.add_argument_group('input and output')
+    group.add_argument(
+        '--adapters',
+        nargs='+',
+        required=True,
+        metavar='NAME=PATH',
+        help="the LoRAs that samples may name: checkpoints of swift sft, in ms-swift's or in PEFT's format")
+    group.add_argument('--val_dataset', required=True, metavar='FILE', help='the JSONL file with the samples')
+    group.add_argument('--result_path', required=True, metavar='FILE', help='the JSONL file to write')
+    group.add_argument('--resume', action='store_true', help='go on with an existing result file of the same run')
+    group.add_argument('--overwrite', action='store_true', help='replace an existing result file')
+
+    group = parser.add_argument_group('composition')
+    group.add_argument(
+        '--merge_method',
+        choices=('fusion', 'mixture', 'selection'),
+        default='fusion',
+        help='average parameters, average outputs, or take the heaviest adapter alone (default: %(default)s)')
+    group.add_argument('--combination_type', help="how fusion merges: one of PEFT's combination types")
+    group.add_argument('--density', type=float, help='the share of values that pruning combination types keep')
+    group.add_argument('--svd_rank', type=int, help='the rank of the fused adapter for svd combination types')
+    group.add_argument(
+        '--majority_sign_method', choices=('total', 'frequency'), help='how ties combination types elect signs')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', metavar='DIR_OR_ID', help="the base model (default: the adapters' args.json)")
+    group.add_argument('--model_type', help="ms-swift's type of the model, where it cannot be told from its files")
+    group.add_argument('--model_revision', help='the revision of a model from a hub')
+    _add_bool(group, '--use_hf', help='fetch models from Hugging Face instead of ModelScope')
+    group.add_argument('--torch_dtype', choices=('bfloat16', 'float16', 'float32'), help='the dtype of the weights')
+    group.add_argument(
+        '--device',
+        '--device_map',
+        dest='device_map',
+        metavar='DEVICE',
+        help='cpu, cuda:0, auto or a device map as JSON')
+    group.add_argument('--attn_impl', help='the attention implementation: sdpa, eager, flash_attention_2, ...')
+
+    group = parser.add_argument_group('template')
+    group.add_argument('--template', help="ms-swift's dialogue template")
+    group.add_argument('--system', help='the system prompt, or a .txt file with it')
+    group.add_argument('--max_length', type=int, help='the largest number of tokens of a prompt')
+    group.add_argument(
+        '--truncation_strategy', choices=('delete', 'left', 'right'), help='what to do with a prompt that is longer')
+    group.add_argument('--response_prefix', help='what every response starts with')
+    _add_bool(group, '--enable_thinking', help='turn the thinking mode on or off')
+
+    group = parser.add_argument_group('generation')
+    group.add_argument('--max_new_tokens', type=int, help='the largest number of tokens of a response')
+    group.add_argument('--temperature', type=float, help='the sampling temperature; 0 takes the likeliest token')
+    group.add_argument('--top_k', type=int, help='sample from the k likeliest tokens')
+    group.add_argument('--top_p', type=float, help='sample from the likeliest tokens with this probability in sum')
+    group.add_argument('--repetition_penalty', type=float, help='the penalty for repeated tokens; 1 is none')
+    group.add_argument('--num_beams', type=int, help='the number of beams; 1 is no beam search')
+    group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
+    _add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
+    group.add_argument('--top_logprobs', type=int, help='how many log probabilities for each position')
+    group.add_argument('--seed', type=int, help='seeds sampling, for each sample anew (default: 42)')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Returns:
+        0, 2 after a user's mistake (told on stderr), or 130 where it was interrupted.
+    """
+    from swift_patch.inference.adapters import parse_adapters
+    from swift_patch.inference.run import InferConfig, run_infer
+    try:
+        config = InferConfig(
+            adapters=parse_adapters(args.adapters),
+            val_dataset=args.val_dataset,
+            result_path=args.result_path,
+            swift_args=_given(args, SWIFT_OPTIONS),
+            merge_method=args.merge_method,
+            composer_args=_given(args, COMPOSER_OPTIONS),
+            resume=args.resume,
+            overwrite=args.overwrite)
+        summary = run_infer(config)
+    except ValueError as e:
+        print(f'swift-patch infer: error: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f'swift-patch infer: interrupted; --resume goes on with {args.result_path}', file=sys.stderr)
+        return 130
+    _print_summary(summary, args.result_path)
+    return 0
+
+
+def _print_summary(summary: 'InferSummary', result_path: str) -> None:
+    resumed = f' ({summary.resumed} were finished before)' if summary.resumed else ''
+    print(f'{summary.samples} samples{resumed}, {summary.samples_per_second:.2f} samples/s: '
+          f'{summary.seconds_composing:.2f} s composing, {summary.seconds_generating:.2f} s generating')
+    print(f'results: {result_path}')
+
+
+def _given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _add_bool(group: argparse._ArgumentGroup, name: str, *, help: str) -> None:
+    """Add a switch in ms-swift's manner: `--name`, `--name true` or `--name false`."""
+    group.add_argument(name, type=_bool, nargs='?', const=True, metavar='BOOL', help=help)
+
+
+def _bool(text: str) -> bool:
+    value: Optional[bool] = {'true': True, '1': True, 'false': False, '0': False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f'must be true or false, got {text!r}')
+    return value

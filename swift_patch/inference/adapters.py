@@ -1,0 +1,413 @@
+"""LoRA checkpoints in ms-swift's format and in PEFT's: told apart and checked as files, then loaded onto one model.
+
+A user's NAME may be anything, but inside a model it becomes the name of a module and a part of parameter names. So
+every adapter is loaded under an alias of ours, and the names of tensors are built segment by segment, never by
+replacing text.
+"""
+import hashlib
+import json
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from swift.tuners import SwiftModel
+    from torch import Tensor, nn
+
+CONFIG_NAME = 'adapter_config.json'
+WEIGHTS_NAMES = ('adapter_model.safetensors', 'adapter_model.bin')
+EXTRA_STATES = 'extra_states'
+
+# A linear layer holds its A and B as modules (`lora_A.<adapter>.weight`), an embedding as parameters.
+LINEAR_SEGMENTS = ('lora_A', 'lora_B')
+EMBEDDING_SEGMENTS = ('lora_embedding_A', 'lora_embedding_B')
+PEFT_PREFIX = 'base_model.model.'
+
+# Options of a LoRA that a weighted sum of A and B cannot carry over, each with the values that are harmless.
+_UNFUSABLE = {
+    'modules_to_save': (None, []),
+    'bias': (None, 'none'),
+    'lora_bias': (None, False),
+    'use_dora': (None, False),
+    'use_qalora': (None, False),
+    'use_qa_lora': (None, False),
+    'use_merged_linear': (None, False),
+    'trainable_token_indices': (None, [], {}),
+    'layer_replication': (None, []),
+    'target_parameters': (None, []),
+    'alora_invocation_tokens': (None, []),
+    'arrow_config': (None, ),
+}
+# These change the base model's own weights when a LoRA is created, so two of them cannot share one base model.
+_CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq')
+
+
+@dataclass(frozen=True)
+class AdapterCheckpoint:
+    """A LoRA checkpoint whose files have been found and checked.
+
+    Attributes:
+        name: What the user calls it.
+        path: Where the user says it is.
+        folder: The folder with the config and the weights: `path`, or the one below it in ms-swift's format.
+        is_swift: Whether it is in ms-swift's format, written by a `SwiftModel`; otherwise it is in PEFT's.
+        config: The content of adapter_config.json.
+    """
+    name: str
+    path: Path
+    folder: Path
+    is_swift: bool
+    config: Dict[str, Any]
+
+    def __str__(self) -> str:
+        return f'adapter {self.name!r} ({self.path})'
+
+    @property
+    def weights_file(self) -> Path:
+        """The file with the tensors; raises ValueError where there is none."""
+        for name in WEIGHTS_NAMES:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        raise ValueError(f'{self}: there is no {WEIGHTS_NAMES[0]} in {self.folder}.')
+
+    def digest(self) -> str:
+        """Return a SHA-256 over the config and the tensors, which stays the same when the checkpoint moves."""
+        sha = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        with open(self.weights_file, 'rb') as f:
+            while chunk := f.read(1 << 20):
+                sha.update(chunk)
+        return sha.hexdigest()
+
+    def load_tensors(self) -> 'Dict[str, Tensor]':
+        """Read the tensors to the CPU, keyed as in the file. Raises ValueError where the file is damaged."""
+        from peft.utils import load_peft_weights
+        try:
+            return load_peft_weights(str(self.folder), device='cpu')
+        except Exception as e:  # safetensors and pickle have errors of their own
+            raise ValueError(f'{self}: cannot read {self.weights_file}: {e}') from e
+
+
+def parse_adapters(items: Sequence[str]) -> Dict[str, str]:
+    """Read `NAME=PATH` arguments. A PATH may contain `=`, a NAME cannot.
+
+    Raises:
+        ValueError: If an argument has another form or a NAME comes twice.
+    """
+    adapters: Dict[str, str] = {}
+    for item in items:
+        name, separator, path = item.partition('=')
+        if not separator or not name or not path:
+            raise ValueError(f'--adapters takes NAME=PATH, got {item!r}.')
+        if name in adapters:
+            raise ValueError(f'--adapters names {name!r} twice: {adapters[name]} and {path}.')
+        adapters[name] = path
+    return adapters
+
+
+def find_checkpoints(adapters: Mapping[str, Union[str, Path]]) -> List[AdapterCheckpoint]:
+    """Find and check the files of all adapters; headers only, so this takes no time and needs no model.
+
+    Args:
+        adapters: Where each named adapter is. A path is the folder that `swift sft` wrote as checkpoint-N.
+
+    Returns:
+        The checkpoints in the order of `adapters`.
+
+    Raises:
+        ValueError: If any of them is missing, is not a LoRA or cannot be fused. It names all of those.
+    """
+    if not adapters:
+        raise ValueError('No adapters are given.')
+    checkpoints: List[AdapterCheckpoint] = []
+    problems: List[str] = []
+    for name, path in adapters.items():
+        try:
+            checkpoint = _find_checkpoint(name, Path(path))
+            _check_config(checkpoint)
+            _lora_shapes(checkpoint)
+        except ValueError as e:
+            problems.append(str(e))
+        else:
+            checkpoints.append(checkpoint)
+    if problems:
+        raise ValueError('\n'.join(problems))
+    return checkpoints
+
+
+def check_base_model(checkpoints: Sequence[AdapterCheckpoint], model_dir: Union[str, Path]) -> None:
+    """Compare the shapes of LoRA tensors with those of the base model's weights, reading file headers only.
+
+    What the headers do not tell (names that differ, quantized weights, files of another kind) is left to loading.
+
+    Args:
+        checkpoints: The adapters.
+        model_dir: The base model's folder.
+
+    Raises:
+        ValueError: If an adapter was made for a layer of another shape.
+    """
+    base_shapes = _base_shapes(Path(model_dir))
+    for checkpoint in checkpoints:
+        shapes = _lora_shapes(checkpoint)
+        for (module, segment, stored_name), a_shape in shapes.items():
+            base_shape = base_shapes.get(f'{module}.weight', ())
+            # An output head grows with new tokens after its weights were read.
+            if segment != 'lora_A' or len(base_shape) != 2 or module.endswith('lm_head'):
+                continue
+            lora_shape = (shapes[module, 'lora_B', stored_name][0], a_shape[1])
+            # Conv1D keeps its weight transposed.
+            if sorted(base_shape) != sorted(lora_shape):
+                raise ValueError(f'{checkpoint} does not belong to the base model {model_dir}: {module} is '
+                                 f'{lora_shape} in the adapter and {base_shape} in the model.')
+
+
+def load_adapters(model: 'nn.Module',
+                  checkpoints: Sequence[AdapterCheckpoint]) -> 'Tuple[Union[SwiftModel, PeftModel], Dict[str, str]]':
+    """Load all adapters onto a base model, through ms-swift.
+
+    If all are in ms-swift's format the result is one `SwiftModel`, otherwise a `PeftModel`, for which those in
+    ms-swift's format are converted in a temporary folder.
+
+    Args:
+        model: The base model, without adapters.
+        checkpoints: What `find_checkpoints` returned.
+
+    Returns:
+        The wrapped model in evaluation mode, and the alias under which each name was loaded.
+
+    Raises:
+        ValueError: If an adapter does not fit the model, or if a tensor of its file did not arrive in the model or the
+            other way around.
+    """
+    from swift.tuners import SwiftModel
+
+    # Of one length, as ms-swift and PEFT here and there look for an adapter's name anywhere in a parameter's name.
+    digits = len(str(len(checkpoints)))
+    aliases = {checkpoint.name: f'adapter_{i:0{digits}}' for i, checkpoint in enumerate(checkpoints)}
+    load_all = _load_as_swift if all(checkpoint.is_swift for checkpoint in checkpoints) else _load_as_peft
+    model = load_all(model, [(checkpoint, aliases[checkpoint.name]) for checkpoint in checkpoints])
+    # Not told by `peft_config`: a SwiftModel forwards to its base model, which PEFT gives one as well.
+    base_model = model.base_model if isinstance(model, SwiftModel) else model.get_base_model()
+    for checkpoint in checkpoints:
+        _check_arrived(base_model, checkpoint, aliases[checkpoint.name])
+    return model, aliases
+
+
+def lora_parameter_name(key: str, alias: str) -> str:
+    """Name the parameter, inside a base model, that a tensor of a checkpoint is for.
+
+    Args:
+        key: The tensor's key in a file of either format: `<module>.lora_A.weight`, `<module>.lora_A.<adapter>.weight`,
+            `<module>.lora_embedding_A` or `<module>.lora_embedding_A.<adapter>`, all with or without PEFT's prefix.
+        alias: The adapter's name in the model.
+
+    Raises:
+        ValueError: If the key is not that of a LoRA tensor.
+    """
+    parts = _split_key(key)
+    if parts is None:
+        raise ValueError(f'{key!r} is not the key of a LoRA tensor.')
+    module, segment, _ = parts
+    return f'{module}.{segment}.{alias}' + ('.weight' if segment in LINEAR_SEGMENTS else '')
+
+
+def _split_key(key: str) -> Optional[Tuple[str, str, str]]:
+    """Split a key into module, segment (`lora_A`, ...) and the adapter's name in the file, empty in PEFT's format."""
+    parts = key.removeprefix(PEFT_PREFIX).split('.')
+    # The first one: an adapter may itself be called `lora_A`, a module of a model is not.
+    at = next((i for i, part in enumerate(parts) if part in LINEAR_SEGMENTS + EMBEDDING_SEGMENTS), None)
+    if at is None:
+        return None
+    tail = parts[at + 1:]
+    if parts[at] in LINEAR_SEGMENTS:
+        if not tail or tail.pop() != 'weight':
+            return None
+    if len(tail) > 1:
+        return None
+    return '.'.join(parts[:at]), parts[at], ''.join(tail)
+
+
+def _find_checkpoint(name: str, path: Path) -> AdapterCheckpoint:
+    prefix = f'adapter {name!r} ({path}):'
+    if not path.exists():
+        raise ValueError(f'{prefix} the path does not exist.')
+    if not path.is_dir():
+        raise ValueError(f'{prefix} this is a file; give the folder {path.parent}.')
+    if (path / CONFIG_NAME).is_file():
+        config = _read_config(prefix, path)
+        return AdapterCheckpoint(name, path, path, 'swift_type' in config, config)
+    # ms-swift's format has one folder per adapter in a checkpoint, PEFT's has not.
+    below = {folder.parent: _read_config(prefix, folder.parent) for folder in sorted(path.glob(f'*/{CONFIG_NAME}'))}
+    swift_folders = [folder for folder, config in below.items() if 'swift_type' in config]
+    if len(swift_folders) == 1:
+        folder = swift_folders[0]
+        if (path / EXTRA_STATES).exists():
+            raise ValueError(f'{prefix} it was saved with {EXTRA_STATES}, which are not part of a LoRA.')
+        return AdapterCheckpoint(name, path, folder, True, below[folder])
+    if swift_folders:
+        raise ValueError(f'{prefix} it holds several adapters; give one of {_join(swift_folders)}.')
+    # The output folder of a training, or one above it.
+    nested = [
+        *below, *(file.parent for file in sorted(path.glob(f'*/*/{CONFIG_NAME}'))),
+        *(file.parent for file in sorted(path.glob(f'*/*/*/{CONFIG_NAME}')))
+    ]
+    if nested:
+        found = {folder.parent if 'swift_type' in _read_config(prefix, folder) else folder for folder in nested}
+        raise ValueError(f'{prefix} this is not a checkpoint but holds some; give one of {_join(sorted(found))}.')
+    if (path / 'config.json').is_file():
+        raise ValueError(f'{prefix} this is a full model, not an adapter.')
+    raise ValueError(f'{prefix} there is no {CONFIG_NAME} in it.')
+
+
+def _read_config(prefix: str, folder: Path) -> Dict[str, Any]:
+    file = folder / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{prefix} cannot read {file}: {e}') from e
+    if not isinstance(config, dict):
+        raise ValueError(f'{prefix} {file} must hold an object.')
+    return config
+
+
+def _check_config(checkpoint: AdapterCheckpoint) -> None:
+    config = checkpoint.config
+    kind = config.get('swift_type' if checkpoint.is_swift else 'peft_type')
+    if kind != 'LORA':
+        raise ValueError(f'{checkpoint}: this is an adapter of type {kind}, not LORA.')
+    for option, harmless in _UNFUSABLE.items():
+        if config.get(option) not in harmless:
+            raise ValueError(f'{checkpoint}: it was trained with {option}={config[option]!r}, which cannot be fused.')
+    init = config.get('init_lora_weights')
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise ValueError(f'{checkpoint}: it was trained with init_lora_weights={init!r}, which changes the base model; '
+                         f'give the converted checkpoint.')
+
+
+def _lora_shapes(checkpoint: AdapterCheckpoint) -> Dict[Tuple[str, str, str], Tuple[int, ...]]:
+    """Read the shapes of the tensors by module, segment and stored name; empty for a pickle, which has no header.
+
+    Raises:
+        ValueError: If the file holds anything but pairs of A and B.
+    """
+    if checkpoint.weights_file.suffix != '.safetensors':
+        return {}
+    shapes = {}
+    for key, shape in _header_shapes(checkpoint.weights_file).items():
+        parts = _split_key(key)
+        if parts is None:
+            raise ValueError(f'{checkpoint}: {key} is not a tensor of a LoRA and cannot be fused.')
+        shapes[parts] = shape
+    for module, segment, stored_name in shapes:
+        partner = segment[:-1] + ('B' if segment[-1] == 'A' else 'A')
+        if (module, partner, stored_name) not in shapes:
+            raise ValueError(f'{checkpoint}: {module} has {segment} but not {partner}.')
+    if not shapes:
+        raise ValueError(f'{checkpoint}: {checkpoint.weights_file} is empty.')
+    return shapes
+
+
+def _join(items: Sequence[Union[str, Path]]) -> str:
+    return ', '.join(map(str, items[:5])) + (', ...' if len(items) > 5 else '')
+
+
+def _header_shapes(file: Path) -> Dict[str, Tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, framework='pt') as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+    except SafetensorError as e:
+        raise ValueError(f'Cannot read {file}: {e}') from e
+
+
+def _base_shapes(model_dir: Path) -> Dict[str, Tuple[int, ...]]:
+    config_file = model_dir / 'config.json'
+    if not config_file.is_file() or 'quantization_config' in json.loads(config_file.read_text(encoding='utf-8')):
+        return {}
+    shapes: Dict[str, Tuple[int, ...]] = {}
+    for file in model_dir.glob('model*.safetensors'):
+        shapes.update(_header_shapes(file))
+    return shapes
+
+
+def _load_as_swift(model: 'nn.Module', checkpoints: Sequence[Tuple[AdapterCheckpoint, str]]) -> 'SwiftModel':
+    from swift.tuners import SwiftModel
+    from swift.tuners.utils import SwiftConfig
+    for checkpoint, alias in checkpoints:
+        config = SwiftConfig.from_pretrained(str(checkpoint.folder))
+        for option in ('target_modules', 'exclude_modules'):
+            # JSON has no sets, and PEFT's `add_weighted_adapter` takes nothing else.
+            if isinstance(getattr(config, option), list):
+                setattr(config, option, set(getattr(config, option)))
+        with _names_adapter(checkpoint):
+            model = SwiftModel(model, {alias: config}, inference_mode=True)
+            tensors = {lora_parameter_name(key, alias): tensor for key, tensor in checkpoint.load_tensors().items()}
+            # Not `SwiftModel.load_state_dict`, which replaces text in the keys.
+            model.base_model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _load_as_peft(model: 'nn.Module', checkpoints: Sequence[Tuple[AdapterCheckpoint, str]]) -> 'PeftModel':
+    from swift.tuners import Swift
+    for checkpoint, alias in checkpoints:
+        with _names_adapter(checkpoint), _peft_folder(checkpoint) as folder:
+            model = Swift.from_pretrained(model, str(folder), alias)
+    return model
+
+
+@contextmanager
+def _names_adapter(checkpoint: AdapterCheckpoint) -> Iterator[None]:
+    """Turn what torch, PEFT and ms-swift raise about an adapter that does not fit into a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError) as e:
+        # Torch lists every tensor that does not fit; the first one says enough.
+        reason = ' '.join(line.strip() for line in str(e).splitlines()[:2])
+        raise ValueError(f'{checkpoint} cannot be loaded onto this base model: {reason}') from e
+
+
+@contextmanager
+def _peft_folder(checkpoint: AdapterCheckpoint) -> Iterator[Path]:
+    """Yield a folder with the checkpoint in PEFT's format, converted by ms-swift where it is in ms-swift's."""
+    if not checkpoint.is_swift:
+        yield checkpoint.folder
+        return
+    from swift.tuners import Swift
+    stored_names = {(_split_key(key) or ('', '', ''))[2] for key in checkpoint.load_tensors()}
+    if len(stored_names) != 1:
+        raise ValueError(f'its tensors are of several adapters: {sorted(stored_names)}.')
+    stored_name = stored_names.pop()
+    with tempfile.TemporaryDirectory() as tmp:
+        # Converted in place, so that nothing but the adapter is copied: a checkpoint may hold an optimizer, too.
+        folder = Path(tmp, stored_name)
+        folder.mkdir()
+        for file in (checkpoint.folder / CONFIG_NAME, checkpoint.weights_file):
+            shutil.copy(file, folder)
+        Swift.save_to_peft_format(tmp, tmp)
+        # ms-swift moves an adapter called `default` one level up.
+        yield folder if folder.exists() else Path(tmp)
+
+
+def _check_arrived(base_model: 'nn.Module', checkpoint: AdapterCheckpoint, alias: str) -> None:
+    """Compare the file with the model; ms-swift and PEFT at most log what does not match."""
+    import torch
+    expected = {}
+    for name, parameter in base_model.named_parameters():
+        parts = _split_key(name)
+        if parts is not None and parts[2] == alias:
+            expected[name] = parameter
+    homeless = []
+    for key, tensor in checkpoint.load_tensors().items():
+        parameter = expected.pop(lora_parameter_name(key, alias), None)
+        if parameter is None or not torch.equal(parameter, tensor.to(parameter)):
+            homeless.append(key)
+    if homeless:
+        raise ValueError(f'{checkpoint}: {len(homeless)} tensors of the file have no place in this base model: '
+                         f'{_join(homeless)}.')
+    if expected:
+        raise ValueError(f'{checkpoint}: the file has no tensors for {len(expected)} of the parameters that its config '
+                         f'asks for in this base model: {_join(list(expected))}.')

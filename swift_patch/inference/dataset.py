@@ -1,0 +1,267 @@
+"""The input of `swift-patch infer`: JSON lines, all of them checked before anything expensive is done."""
+import codecs
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple, Union
+
+# What ms-swift's own datasets accept.
+ROLES = ('system', 'user', 'assistant', 'tool_call', 'tool_response', 'tool')
+# A model answers these; ms-swift turns `tool_call` into an assistant message.
+ANSWERED_ROLES = ('user', 'tool', 'tool_response')
+# ms-swift serializes the content of these itself, so that it may be any JSON value.
+JSON_ROLES = ('tool_call', 'tool_response', 'tool')
+# The keys that a result line adds to its input line.
+RESULT_KEYS = ('response', 'labels', 'logprobs', 'merge_method', 'line')
+
+_MAX_SHOWN = 20
+
+
+class DatasetError(ValueError):
+    """Everything that is wrong with a dataset.
+
+    Attributes:
+        path: The dataset.
+        problems: All of them in the order of the file, each as (line number counted from 1, description). The message
+            of the exception shows the first twenty.
+    """
+
+    def __init__(self, path: Union[str, Path], problems: List[Tuple[int, str]]) -> None:
+        self.path = str(path)
+        self.problems = problems
+        lines = [f'{path}: {len(problems)} {"problem" if len(problems) == 1 else "problems"}']
+        lines += [f'  line {number}: {text}' for number, text in problems[:_MAX_SHOWN]]
+        if len(problems) > _MAX_SHOWN:
+            lines.append(f'  ... and {len(problems) - _MAX_SHOWN} more')
+        super().__init__('\n'.join(lines))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One checked line of a dataset.
+
+    Attributes:
+        line: The number of the line in the file, counted from 1.
+        data: The object on the line, as it was read.
+        messages: What the model is asked: the line's messages without a trailing answer.
+        label: The content of the trailing assistant message, None where there is none.
+        adapters: The names of the adapters to compose, each once.
+        weights: One finite number per adapter, 1/k each where the line gives none.
+    """
+    line: int
+    data: Dict[str, Any]
+    messages: List[Dict[str, Any]]
+    label: Any
+    adapters: Tuple[str, ...]
+    weights: Tuple[float, ...]
+
+
+def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]:
+    """Read a JSONL dataset and check every line of it. Blank lines are skipped.
+
+    Args:
+        path: The file. Each line is `{"messages": [...], "adapters": [NAME, ...], "weights": [number, ...], ...}`;
+            `weights` may be left out, other keys are kept.
+        names: The adapters that a line may name.
+
+    Returns:
+        The samples in the order of the file.
+
+    Raises:
+        DatasetError: If any line is wrong. It holds every problem of the file.
+        ValueError: If the file cannot be read or has no samples.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as e:
+        raise ValueError(f'Cannot read the dataset {path}: {e.strerror}.') from e
+    samples: List[Sample] = []
+    problems: List[Tuple[int, str]] = []
+    # Not `splitlines`: it also splits at characters that JSON allows inside of strings.
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b'\n'), start=1):
+        if not line.strip():
+            continue
+        try:
+            data = _parse(line)
+        except ValueError as e:
+            problems.append((number, str(e)))
+            continue
+        found = [*_check_messages(data), *_check_adapters(data, names), *_check_keys(data)]
+        if found:
+            problems += [(number, problem) for problem in found]
+        else:
+            samples.append(_to_sample(number, data))
+    if problems:
+        raise DatasetError(path, problems)
+    if not samples:
+        raise ValueError(f'The dataset {path} has no samples.')
+    return samples
+
+
+def _parse(line: bytes) -> Dict[str, Any]:
+    """Parse one line strictly. Raises ValueError with a text that needs no context."""
+    try:
+        text = line.decode('utf-8')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'not UTF-8: {e.reason} at byte {e.start + 1}') from e
+    try:
+        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        # Half a surrogate pair and 1e999 can be read but not written; better to know now than after generating.
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode('utf-8')
+    except json.JSONDecodeError as e:
+        raise ValueError(f'not JSON: {e.msg} at column {e.colno}') from e
+    except UnicodeEncodeError as e:
+        raise ValueError(f'not Unicode: {e.object[e.start:e.end]!r} is half of a surrogate pair') from e
+    except RecursionError as e:
+        raise ValueError('not JSON that can be read: nested too deep') from e
+    if not isinstance(data, dict):
+        raise ValueError(f'must be a JSON object, got {_kind(data)}')
+    return data
+
+
+def _unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    data: Dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise ValueError(f'the key {key!r} occurs twice in one object')
+        data[key] = value
+    return data
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f'not JSON: {text} is not a number of JSON')
+
+
+def _check_messages(data: Dict[str, Any]) -> Iterator[str]:
+    messages = data.get('messages')
+    if not isinstance(messages, list) or not messages:
+        yield _expected(data, 'messages', 'a non-empty list of messages')
+        return
+    well_formed = True
+    for i, message in enumerate(messages):
+        problem = _check_message(message, is_first=i == 0)
+        if problem:
+            well_formed = False
+            yield f'messages[{i}]: {problem}'
+    if well_formed:
+        prompt, _ = _split_label(messages)
+        if not prompt or prompt[-1]['role'] not in ANSWERED_ROLES:
+            yield (f'`messages` has nothing to answer: apart from a trailing assistant message, which is the label, '
+                   f'the last one must have one of the roles {", ".join(ANSWERED_ROLES)}')
+
+
+def _check_message(message: Any, *, is_first: bool) -> Optional[str]:
+    if not isinstance(message, dict):
+        return f'must be an object with role and content, got {_kind(message)}'
+    role = message.get('role')
+    if role not in ROLES:
+        return f'role must be one of {", ".join(ROLES)}, got {role!r}'
+    if role == 'system' and not is_first:
+        return 'only the first message may have the role system'
+    content = message.get('content')
+    if role == 'assistant' and message.get('tool_calls') and content is None:
+        return None
+    if content is None:
+        return 'content is missing'
+    if role in JSON_ROLES or isinstance(content, str):
+        return None
+    if not isinstance(content, list) or not content:
+        return f'content must be a string or a non-empty list of parts, got {_kind(content)}'
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get('type'), str):
+            return 'each part of content must be an object with a type'
+        if part['type'] == 'text' and not isinstance(part.get('text'), str):
+            return 'a part of the type text must have its text in `text`'
+    return None
+
+
+def _check_adapters(data: Dict[str, Any], names: Collection[str]) -> Iterator[str]:
+    adapters = data.get('adapters')
+    if not isinstance(adapters, list) or not adapters:
+        yield _expected(data, 'adapters', 'a non-empty list of adapter names')
+        return
+    for i, name in enumerate(adapters):
+        if not isinstance(name, str):
+            yield f'adapters[{i}] must be a name, got {_kind(name)}'
+        elif name not in names:
+            yield f'unknown adapter {name!r}; {_suggest(name, names)}'
+        elif name in adapters[:i]:
+            yield f'the adapter {name!r} is named twice; add up its weights instead'
+    # JSON that went through a table has null where a row has no value.
+    weights = data.get('weights')
+    if weights is None:
+        return
+    if not isinstance(weights, list):
+        yield _expected(data, 'weights', 'a list of numbers')
+        return
+    if len(weights) != len(adapters):
+        yield f'`weights` has {len(weights)} entries for {len(adapters)} adapters'
+    wrong = [weight for weight in weights if not _is_finite_number(weight)]
+    if wrong:
+        yield f'weights must be finite numbers, got {", ".join(map(_kind, wrong))}'
+    elif weights and not any(weights):
+        yield 'weights are all zero'
+
+
+def _check_keys(data: Dict[str, Any]) -> Iterator[str]:
+    for key in RESULT_KEYS:
+        if key in data:
+            yield f'the key {key!r} is one that result lines add; rename it'
+
+
+def _to_sample(number: int, data: Dict[str, Any]) -> Sample:
+    messages, label = _split_label(data['messages'])
+    adapters = tuple(data['adapters'])
+    weights = data.get('weights') or [1 / len(adapters)] * len(adapters)
+    return Sample(
+        line=number,
+        data=data,
+        messages=messages,
+        label=label,
+        adapters=adapters,
+        weights=tuple(float(weight) for weight in weights))
+
+
+def _split_label(messages: List[Dict[str, Any]]) -> Tuple[List[Dict[str, Any]], Any]:
+    """Take a trailing assistant message off, as `InferRequest.remove_response` does; the list is left as it is."""
+    if messages[-1]['role'] == 'assistant':
+        return messages[:-1], messages[-1].get('content')
+    return messages, None
+
+
+def _is_finite_number(value: Any) -> bool:
+    # JSON's true and false are integers to Python.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def _expected(data: Dict[str, Any], key: str, what: str) -> str:
+    if key not in data:
+        return f'`{key}` is missing; it must be {what}'
+    return f'`{key}` must be {what}, got {_kind(data[key])}'
+
+
+def _suggest(name: str, names: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, names)
+    if close:
+        return f'did you mean {" or ".join(map(repr, close))}?'
+    shown = ', '.join(map(repr, list(names)[:10]))
+    return f'known are {shown}{", ..." if len(names) > 10 else ""}'
+
+
+def _kind(value: Any) -> str:
+    """Name a JSON value shortly enough for an error message."""
+    if value is None or isinstance(value, (bool, int, float)):
+        text = json.dumps(value)
+        return text if len(text) <= 40 else 'a number that is too large'
+    if isinstance(value, str):
+        return f'the string {value!r}' if len(value) <= 40 else 'a long string'
+    if not value:
+        return 'an empty list' if isinstance(value, list) else 'an empty object'
+    return 'a list' if isinstance(value, list) else 'an object'
