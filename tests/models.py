@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import Tensor, nn
 from transformers import Conv1D, Qwen2Config, Qwen2ForCausalLM
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, Sequence
 
 import swift_patch
 

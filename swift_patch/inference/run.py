@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints, load_adapters
+from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
+from .engine import load_engine
 
 if TYPE_CHECKING:
     from swift.arguments import BaseArguments
@@ -204,21 +205,15 @@ class _Generator:
 
     def __init__(self, config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint],
                  samples: Sequence[Sample]):
-        from swift.infer_engine import TransformersEngine
-        from swift.pipelines.utils import prepare_model_template
-
         from ..composer import FusionComposer
         self.config = config
         self.seed = args.seed
-        # The adapters are ours to load, so that none of them needs the name that ms-swift would give it.
-        model, template = prepare_model_template(args, adapters=[])
-        model, self.aliases = load_adapters(model, checkpoints)
-        self.composer = FusionComposer(model, config.merge_method, **config.composer_args)
+        self.engine, self.aliases = load_engine(args, checkpoints)
+        self.composer = FusionComposer(self.engine.model, config.merge_method, **config.composer_args)
         # From all samples, so that a resumed run computes with the same shapes.
         used = {name for sample in samples for name in sample.adapters}
         self.composer.reserve([alias for name, alias in self.aliases.items() if name in used],
                               max_sources=max(len(sample.adapters) for sample in samples))
-        self.engine = TransformersEngine(model, template=template, max_batch_size=1)
         self.request_config = args.get_request_config()
 
     def generate(self, index: int, sample: Sample, request: 'InferRequest', summary: InferSummary) -> Any:

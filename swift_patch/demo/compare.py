@@ -1,0 +1,114 @@
+"""The same samples through stock ms-swift and through the patch: seconds composing per sample, and the answers."""
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Sequence
+
+import swift_patch
+from ..inference.adapters import find_checkpoints
+from ..inference.engine import load_engine
+from .quiet import hush
+from .tasks import Sample
+from .tiny_model import MODEL_TYPE, TEMPLATE
+
+# What stock has, too: the one type with which both paths can be compared on the paper's kind of fusion.
+COMPARED_TYPE = 'linear'
+
+
+@dataclass
+class Answers:
+    """What one path gave for the samples, in their order.
+
+    Attributes:
+        responses: The generated texts.
+        seconds: The seconds that composing took, for each.
+    """
+    responses: List[str] = field(default_factory=list)
+    seconds: List[float] = field(default_factory=list)
+
+
+class Town:
+    """The base model with the LoRAs of all tasks, in ms-swift's own engine.
+
+    Args:
+        model_dir: The directory of the base model.
+        adapters: The checkpoint of each task's LoRA.
+    """
+
+    def __init__(self, model_dir: str, adapters: Dict[str, str]):
+        from swift.arguments import BaseArguments
+        with hush():
+            args = BaseArguments(
+                model=model_dir,
+                model_type=MODEL_TYPE,
+                template=TEMPLATE,
+                torch_dtype='float32',
+                max_new_tokens=8,
+                temperature=0)
+            self._engine, self._aliases = load_engine(args, find_checkpoints(adapters))
+            self._request_config = args.get_request_config()
+        self.model = self._engine.model
+
+    def answer(self,
+               samples: Sequence[Sample],
+               compose: Callable[[List[str], List[float]], Any],
+               advance: Callable[[], Any],
+               max_seconds: float = float('inf')) -> Answers:
+        """Composes and generates, sample by sample.
+
+        Args:
+            samples: The samples.
+            compose: Is called with the sample's adapters, by their names in the model, and weights. Only it is timed.
+            advance: Is called after each sample.
+            max_seconds: No further sample is begun when composing took longer than this in sum.
+
+        Returns:
+            The answers to the samples, or to the first of them.
+        """
+        from swift.infer_engine import InferRequest
+        answers = Answers()
+        for sample in samples:
+            if sum(answers.seconds) > max_seconds:
+                break
+            adapters = [self._aliases[name] for name in sample['adapters']]
+            start = time.perf_counter()
+            compose(adapters, list(sample['weights']))
+            answers.seconds.append(time.perf_counter() - start)
+            request = InferRequest(messages=[dict(message) for message in sample['messages']])
+            [response] = self._engine.infer([request], self._request_config, use_tqdm=False)
+            answers.responses.append(response.choices[0].message.content)
+            advance()
+        return answers
+
+
+def answer_with_stock(town: Town, samples: Sequence[Sample], advance: Callable[[], Any], max_seconds: float) -> Answers:
+    """Answers as users of stock ms-swift do: a new fused adapter for every sample. The patch is off meanwhile."""
+    count = 0
+
+    def compose(adapters: List[str], weights: List[float]) -> None:
+        nonlocal count
+        count += 1
+        town.model.add_weighted_adapter(adapters, weights, f'fused_{count}', COMPARED_TYPE)
+
+    swift_patch.revert()
+    try:
+        return town.answer(samples, compose, advance, max_seconds)
+    finally:
+        swift_patch.apply()
+
+
+def answer_with_patch(town: Town, samples: Sequence[Sample], advance: Callable[[], Any], **options: Any) -> Answers:
+    """Answers with one fused adapter, refilled for every sample.
+
+    Args:
+        town: The model.
+        samples: The samples.
+        advance: Is called after each sample.
+        **options: Those of `FusionComposer`.
+    """
+    composer = swift_patch.FusionComposer(town.model, **options)
+    return town.answer(samples, composer.compose, advance)
+
+
+def answer_with_base(town: Town, samples: Sequence[Sample], advance: Callable[[], Any]) -> Answers:
+    """Answers with no adapter at all."""
+    return town.answer(samples, lambda adapters, weights: town.model.set_active_adapters([]), advance)

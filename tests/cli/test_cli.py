@@ -1,0 +1,56 @@
+import os
+import pytest
+import subprocess
+import sys
+
+import swift_patch
+from swift_patch import cli
+from swift_patch.cli.doctor import PLUGIN
+
+
+@pytest.mark.parametrize('arguments', [['--help'], ['infer', '--help'], ['demo', '--help'], ['doctor', '--help']])
+def test_help_needs_neither_torch_nor_ms_swift(arguments):
+    code = f'''
+import sys
+from swift_patch.cli import main
+try:
+    main({arguments!r})
+except SystemExit as e:
+    assert e.code == 0, e.code
+assert not {{'torch', 'swift', 'transformers', 'matplotlib'}} & set(sys.modules)
+'''
+    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert 'swift-patch' in process.stdout
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['--version'])
+    assert capsys.readouterr().out == f'swift-patch {swift_patch.__version__}\n'
+
+
+def test_doctor_shows_the_plugin_the_versions_and_what_is_in_force(capsys):
+    assert cli.main(['doctor']) == 0
+    out = capsys.readouterr().out
+    assert str(PLUGIN) in out and PLUGIN.is_file()
+    for package in ('ms-swift', 'peft', 'torch'):
+        assert package in out
+    assert out.count('yes') == 6
+
+
+def test_doctor_fails_where_the_patch_is_not_in_force():
+    process = subprocess.run([sys.executable, '-m', 'swift_patch.cli', 'doctor'],
+                             env={
+                                 **os.environ, 'SWIFT_PATCH_DISABLE': '1'
+                             },
+                             capture_output=True,
+                             text=True)
+    assert process.returncode == 1
+    assert 'not applied' in process.stdout
+
+
+def test_a_command_is_required(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main([])
+    assert e.value.code == 2

@@ -1,0 +1,116 @@
+import math
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.merge_utils import task_arithmetic
+
+from swift_patch import merging
+from swift_patch.merging import COMBINATION_TYPES, MergeOptions, Source
+
+numbers = st.floats(-2, 2, allow_nan=False, width=32)
+
+
+@st.composite
+def sources(draw, same_rank=True, shape=None):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    out_features, in_features = shape or (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+    rank, found = draw(st.integers(1, 5)), []
+    for _ in range(draw(st.integers(1, 4))):
+        rank = rank if same_rank else draw(st.integers(1, 5))
+        found.append(
+            Source(
+                torch.randn(rank, in_features, generator=generator, dtype=torch.float64),
+                torch.randn(out_features, rank, generator=generator, dtype=torch.float64), draw(numbers),
+                draw(st.floats(0.1, 4))))
+    return found
+
+
+def delta(pair):
+    return pair.B @ pair.A
+
+
+def merge(name, found, rank=100, **options):
+    return COMBINATION_TYPES[name].merge(found, MergeOptions(name, **options), rank, False)
+
+
+@settings(deadline=None)
+@given(sources(same_rank=False))
+def test_cat_makes_the_weighted_sum_of_the_deltas(found):
+    expected = sum(source.weight * source.scaling * delta(source) for source in found)
+    torch.testing.assert_close(delta(merge('cat', found)), expected)
+
+
+@settings(deadline=None)
+@given(sources())
+def test_average_does_not_depend_on_the_scaling_it_is_expressed_for(found):
+    result = merging.reference_scaling(found) * delta(merge('average', found))
+    A = sum(source.weight * math.sqrt(source.scaling) * source.A for source in found)
+    B = sum(source.weight * math.sqrt(source.scaling) * source.B for source in found)
+    torch.testing.assert_close(result, B @ A)
+
+
+@settings(deadline=None)
+@given(sources(), st.floats(0.1, 4))
+def test_average_of_sources_of_one_scaling_is_the_weighted_sum_of_the_factors(found, scaling):
+    found = [source._replace(scaling=scaling) for source in found]
+    pair = merge('average', found)
+    torch.testing.assert_close(pair.A, sum(source.weight * source.A for source in found))
+    torch.testing.assert_close(pair.B, sum(source.weight * source.B for source in found))
+    assert merging.reference_scaling(found) == scaling
+
+
+@pytest.mark.parametrize('scaling', [0.0, -1.5])
+def test_average_keeps_a_scaling_that_is_zero_or_negative(scaling):
+    A, B = torch.randn(2, 5), torch.randn(4, 2)
+    found = [Source(A, B, 1.0, scaling)]
+    torch.testing.assert_close(merging.reference_scaling(found) * delta(merge('average', found)), scaling * B @ A)
+
+
+@settings(deadline=None)
+@given(sources(same_rank=False), st.integers(1, 12))
+def test_svd_of_the_factors_is_the_truncated_svd_of_the_dense_delta(found, rank):
+    dense = sum(merging._as_float32(s.weight * s.scaling) * s.scaling * delta(s) for s in found)
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    pair = merge('svd', found, rank)
+    assert pair.A.shape[0] == pair.B.shape[1] <= rank
+    # Where singular values are equal the factors are not unique, but the distance to the dense delta is.
+    expected = S[rank:].norm()
+    torch.testing.assert_close((dense - delta(pair)).norm(), expected, rtol=1e-6, atol=1e-6 * (1 + S.max().item()))
+
+
+@settings(deadline=None)
+@given(sources(), st.sampled_from(['linear', 'average', 'cat', 'svd']))
+def test_what_is_merged_is_new_and_the_sources_stay_as_they_were(found, name):
+    before = [(source.A.clone(), source.B.clone()) for source in found]
+    pair = merge(name, found)
+    for source, (A, B) in zip(found, before):
+        assert torch.equal(source.A, A) and torch.equal(source.B, B)
+        assert pair.A.data_ptr() != source.A.data_ptr() and pair.B.data_ptr() != source.B.data_ptr()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('name', ['linear', 'average'])
+def test_half_precision_is_summed_in_float32_and_rounded_once(name, dtype):
+    found = [
+        Source(torch.randn(4, 50).to(dtype),
+               torch.randn(30, 4).to(dtype), weight, 1.0) for weight in (0.3, 0.3, 0.4)
+    ]
+    exact = merge(name, [source._replace(A=source.A.float(), B=source.B.float()) for source in found])
+    pair = merge(name, found)
+    assert torch.equal(pair.A, exact.A.to(dtype)) and torch.equal(pair.B, exact.B.to(dtype))
+
+
+def test_dense_types_leave_half_precision_sources_where_they_are():
+    found = [Source(torch.randn(2, 5).bfloat16(), torch.randn(4, 2).bfloat16(), 1.0, 2.0) for _ in range(2)]
+    addresses = [(source.A.data_ptr(), source.B.data_ptr()) for source in found]
+    merge('ties_svd', found, 2, density=0.5)
+    assert [(source.A.data_ptr(), source.B.data_ptr()) for source in found] == addresses
+
+
+def test_the_dense_delta_of_a_convolution_is_the_convolution_of_its_factors():
+    A, B = torch.randn(2, 5, 3, 3), torch.randn(4, 2, 1, 1)
+    expected = torch.nn.functional.conv2d(A.transpose(0, 1), B).transpose(0, 1) * 0.5
+    result = merging._dense_delta(Source(A, B, 1.0, 0.5), False)
+    torch.testing.assert_close(result.reshape(expected.shape), expected)
+    assert result.flatten(1).shape == task_arithmetic([expected.flatten(1)], torch.ones(1)).shape
