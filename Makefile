@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := swift_patch tests benchmarks
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/swift-patch demo --output_dir demo_out
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks -s $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/flake8 $(SOURCES)

@@ -1,5 +1,21 @@
-"""What all tests share. Before anything imports torch: small models are fastest on one thread."""
+"""What all tests share. The environment comes first: it must be set before anything imports torch."""
 import os
 
+# Small models are fastest on one thread, and what runs beside does not slow them down.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(params=['swift', 'peft'])
+def build(request):
+    """Builds a model with LoRAs `l0` to `l3`, in both wrappers."""
+    from models import BUILDERS
+    return BUILDERS[request.param]
+
+
+@pytest.fixture
+def model(build):
+    """A model with LoRAs `l0` to `l3`, in both wrappers."""
+    return build()

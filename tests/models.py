@@ -7,10 +7,11 @@ from peft.tuners.lora import LoraLayer
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import Tensor, nn
 from transformers import Conv1D, Qwen2Config, Qwen2ForCausalLM
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import swift_patch
 
+SOURCES, WEIGHTS = ['l2', 'l0', 'l1'], [0.5, 0.2, 0.3]
 PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
 # PEFT's eleven types, with options under which they are not random.
@@ -110,6 +111,12 @@ def loras(count: int = 4, cls: type = LoRAConfig, **changes: Any) -> Dict[str, A
             })
         for i in range(count)
     }
+
+
+BUILDERS: Dict[str, Callable[..., nn.Module]] = {
+    'swift': lambda **changes: swift_model(loras(**changes)),
+    'peft': lambda **changes: peft_model(loras(cls=LoraConfig, **changes)),
+}
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -239,3 +246,42 @@ def assert_close_deltas(model: nn.Module,
     for name, delta in old.items():
         difference = (new[name] - delta).norm() / delta.norm()
         assert difference < tolerance, f'{name}: {difference}'
+
+
+def config(model: nn.Module, name: str) -> LoraConfig:
+    """The config of an adapter."""
+    return model.adapters[name].config if isinstance(model, SwiftModel) else model.peft_config[name]
+
+
+def add(model: nn.Module,
+        adapters: Sequence[str] = ('l3', 'l1'),
+        weights: Sequence[float] = (0.4, -0.7),
+        combination_type: str = 'linear',
+        name: str = 'fused',
+        **options: Any) -> None:
+    """Adds and activates a fused adapter."""
+    model.add_weighted_adapter(list(adapters), list(weights), name, combination_type, **options)
+    activate(model, name)
+
+
+def update(model: nn.Module,
+           adapters: Sequence[str] = SOURCES,
+           weights: Sequence[float] = WEIGHTS,
+           combination_type: str = None,
+           name: str = 'fused',
+           **options: Any) -> None:
+    """Refills a fused adapter, with the random masks of `fresh`."""
+    with reproducible_masks():
+        model.update_weighted_adapter(adapters, weights, name, combination_type, **options)
+
+
+def assert_as_fresh(model: nn.Module,
+                    adapters: Sequence[str],
+                    weights: Sequence[float],
+                    combination_type: str,
+                    tolerance: float = 1e-5,
+                    **options: Any) -> None:
+    """Asserts that the active adapter `fused` is what stock would make now."""
+    oracle = fresh(model, adapters, weights, combination_type, **options)
+    assert_close_deltas(model, 'fused', oracle, tolerance)
+    torch.testing.assert_close(outputs(model), outputs(oracle), rtol=1e-4, atol=1e-4)

@@ -5,28 +5,12 @@ import pytest
 import threading
 import torch
 import weakref
-from models import (assert_close_deltas, assert_same_state, deltas, fresh, layers, loras, outputs, peft_model, qwen2,
-                    state, stock, swift_model)
-from peft import LoraConfig
+from models import (assert_close_deltas, assert_same_state, deltas, fresh, layers, loras, outputs, qwen2, state, stock,
+                    swift_model)
 from swift.tuners import SwiftModel
 
 import swift_patch
 from swift_patch import FusionComposer
-
-BUILDERS = {
-    'swift': lambda **changes: swift_model(loras(**changes)),
-    'peft': lambda **changes: peft_model(loras(cls=LoraConfig, **changes)),
-}
-
-
-@pytest.fixture(params=BUILDERS)
-def build(request):
-    return BUILDERS[request.param]
-
-
-@pytest.fixture
-def model(build):
-    return build()
 
 
 def active(model):

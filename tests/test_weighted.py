@@ -1,51 +1,15 @@
 import copy
-import logging
 import math
 import pytest
 import torch
 import torch._dynamo.testing
-from models import (PEFT_TYPES, PROJECTIONS, AllKinds, activate, assert_close_deltas, assert_same_state, deltas, fresh,
-                    layers, loras, outputs, peft_model, qwen2, reproducible_masks, state, stock, swift_model)
+from models import (PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, activate, add, assert_as_fresh, assert_close_deltas,
+                    assert_same_state, config, deltas, fresh, layers, loras, outputs, peft_model, qwen2,
+                    reproducible_masks, state, swift_model, update)
 from peft import LoraConfig
-from swift.tuners import LoRAConfig, Swift, SwiftModel
+from swift.tuners import LoRAConfig, SwiftModel
 
 from swift_patch import merging
-
-SOURCES, WEIGHTS = ['l2', 'l0', 'l1'], [0.5, 0.2, 0.3]
-BUILDERS = {
-    'swift': lambda **changes: swift_model(loras(**changes)),
-    'peft': lambda **changes: peft_model(loras(cls=LoraConfig, **changes))
-}
-
-
-@pytest.fixture(params=BUILDERS)
-def build(request):
-    return BUILDERS[request.param]
-
-
-@pytest.fixture
-def model(build):
-    return build()
-
-
-def config(model, name):
-    return model.adapters[name].config if isinstance(model, SwiftModel) else model.peft_config[name]
-
-
-def add(model, adapters=('l3', 'l1'), weights=(0.4, -0.7), combination_type='linear', name='fused', **options):
-    model.add_weighted_adapter(list(adapters), list(weights), name, combination_type, **options)
-    activate(model, name)
-
-
-def update(model, adapters=SOURCES, weights=WEIGHTS, combination_type=None, name='fused', **options):
-    with reproducible_masks():
-        model.update_weighted_adapter(adapters, weights, name, combination_type, **options)
-
-
-def assert_as_fresh(model, adapters, weights, combination_type, tolerance=1e-5, **options):
-    oracle = fresh(model, adapters, weights, combination_type, **options)
-    assert_close_deltas(model, 'fused', oracle, tolerance)
-    torch.testing.assert_close(outputs(model), outputs(oracle), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('combination_type', PEFT_TYPES)
@@ -173,30 +137,6 @@ def test_nothing_of_an_earlier_sample_is_left_in_layers_that_the_new_sources_do_
     assert_as_fresh(model, ['narrow', 'other'], [1.0, 0.5], 'linear')
 
 
-def test_a_layer_that_the_adapter_lacks_is_added_and_logged_once(caplog):
-    model = swift_model({**loras(2), 'narrow': LoRAConfig(r=4, target_modules=['q_proj'])})
-    add(model, ['narrow'], [1.0])
-    with caplog.at_level(logging.WARNING, 'swift_patch'):
-        update(model, ['l0', 'l1'], [0.5, 0.5], 'linear')
-    assert [record.message for record in caplog.records] == [
-        "Adapter 'fused' grows from rank 4 to 4 and by 12 layers: its parameters there are new objects, which compiled "
-        'or captured graphs do not know.'
-    ]
-    assert_as_fresh(model, ['l0', 'l1'], [0.5, 0.5], 'linear')
-
-
-def test_a_larger_rank_makes_it_grow_once_and_a_smaller_one_is_padded(model, caplog):
-    add(model)
-    with caplog.at_level(logging.WARNING, 'swift_patch'):
-        update(model, combination_type='cat')
-        addresses = [parameter.data_ptr() for parameter in model.parameters()]
-        update(model, ['l0', 'l1'], [1.0, 2.0], 'cat')
-        update(model, ['l0', 'l1'], [1.0, 2.0], 'linear')
-    assert len(caplog.records) == 1
-    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
-    assert_as_fresh(model, ['l0', 'l1'], [1.0, 2.0], 'linear')
-
-
 def test_parameters_stay_the_same_objects_at_the_same_addresses(model):
     add(model, combination_type='cat', adapters=SOURCES, weights=WEIGHTS)
     before = {name: (id(p), p.data_ptr(), p.dtype, p.device) for name, p in model.named_parameters()}
@@ -300,19 +240,6 @@ def test_float64_sees_the_weights_that_stock_sees():
     assert_close_deltas(model, 'fused', fresh(model, SOURCES, [0.1, 0.2, 0.7], 'linear'), 1e-12)
 
 
-def test_a_fused_adapter_can_be_a_source_with_the_rank_that_it_uses(model):
-    add(model, name='inner')
-    update(model, combination_type='cat', name='inner')
-    update(model, ['l0', 'l1'], [0.3, 0.4], 'linear', name='inner')
-    add(model)
-    update(model, ['inner', 'l2'], [0.5, 0.6], 'linear')
-    with stock():
-        oracle = copy.deepcopy(model)
-        oracle.add_weighted_adapter(['l0', 'l1'], [0.3, 0.4], 'stock inner', 'linear')
-        oracle.add_weighted_adapter(['stock inner', 'l2'], [0.5, 0.6], 'oracle', 'linear')
-    assert_close_deltas(model, 'fused', oracle)
-
-
 def test_a_copied_model_has_a_fused_adapter_of_its_own(model):
     add(model)
     copied, before = copy.deepcopy(model), deltas(model, 'fused')
@@ -332,16 +259,6 @@ def test_it_works_in_inference_mode_and_outside_of_it_in_turn(model):
     assert_as_fresh(model, SOURCES, WEIGHTS, 'linear')
 
 
-def test_a_saved_fused_adapter_is_loaded_as_it_was(tmp_path):
-    model = swift_model(loras(lora_alpha=[8, 2, 5], alpha_pattern=[{'q_proj': 3}, {}, {}]))
-    add(model, ['l1', 'l0'], [1.0, 0.5], 'average')
-    update(model, combination_type='cat')
-    model.save_pretrained(str(tmp_path), adapter_name='fused')
-    loaded = Swift.from_pretrained(qwen2(), str(tmp_path), adapter_name=['fused'])
-    for name, delta in deltas(loaded, 'fused').items():
-        torch.testing.assert_close(delta, deltas(model, 'fused')[name])
-
-
 @pytest.mark.parametrize('combination_type', ['linear', 'svd'])
 def test_sources_and_targets_that_were_offloaded_are_loaded_for_the_merge_and_put_back(combination_type):
     model = swift_model(loras())
@@ -354,83 +271,6 @@ def test_sources_and_targets_that_were_offloaded_are_loaded_for_the_merge_and_pu
     model.set_active_adapters(['fused', 'l0', 'l1', 'l2', 'l3'])
     model.set_active_adapters('fused')
     assert_close_deltas(model, 'fused', expected)
-
-
-def bad_updates():
-    nan, inf = float('nan'), float('inf')
-    yield 'unknown source', dict(adapters=['l0', 'nobody']), ValueError, 'nobody'
-    yield 'itself', dict(adapters=['l0', 'fused']), ValueError, 'fused'
-    yield 'no sources', dict(adapters=[], weights=[]), ValueError, 'at least one'
-    yield 'lengths', dict(adapters=['l0'], weights=[1.0, 2.0]), ValueError, '1 adapters'
-    yield 'nan', dict(weights=[nan, 1.0]), ValueError, 'nan'
-    yield 'inf', dict(weights=[inf, 1.0]), ValueError, 'inf'
-    yield 'too large', dict(weights=[1e60, 1.0]), ValueError, '1e\\+60'
-    yield 'huge', dict(weights=[10**400, 1.0]), ValueError, '1000'
-    yield 'not numbers', dict(weights=['1', 1.0]), TypeError, "'1'"
-    yield 'bools', dict(weights=[True, 1.0]), TypeError, 'True'
-    yield 'a string', dict(adapters='l0', weights=[1.0]), TypeError, 'l0'
-    yield 'no strings', dict(adapters=['l0', 1]), TypeError, '1'
-    yield 'no weights', dict(weights=None), TypeError, 'None'
-    yield 'a type that is none', dict(combination_type='mean'), ValueError, 'mean'
-    yield 'no density', dict(combination_type='ties'), ValueError, 'density'
-    yield 'a bad density', dict(combination_type='ties', density=-0.1), ValueError, '-0.1'
-    yield 'nan density', dict(combination_type='ties', density=nan), ValueError, 'nan'
-    yield 'ranks', dict(adapters=['l0', 'wide'], combination_type='linear'), ValueError, "'wide': 6"
-    yield 'ranks of one layer', dict(adapters=['l0', 'patterned'], combination_type='linear'), ValueError, 'q_proj'
-    yield 'ranks to average', dict(adapters=['l0', 'wide'], combination_type='average'), ValueError, "'wide': 6"
-    yield 'a bad rank', dict(combination_type='svd', svd_rank=-1), ValueError, '-1'
-    yield 'a bad clamp', dict(combination_type='svd', svd_clamp=1.5), ValueError, '1.5'
-    yield 'a bad driver', dict(combination_type='svd', svd_driver='fast'), ValueError, 'fast'
-    yield 'a driver on the CPU', dict(combination_type='svd', svd_driver='gesvd'), ValueError, 'gesvd'
-    yield 'a bad method', dict(combination_type='ties', density=0.5, majority_sign_method='x'), ValueError, "'x'"
-    yield 'an unknown target', dict(name='nobody'), ValueError, 'nobody'
-    yield 'a trained target', dict(adapters=['l0', 'l1'], name='l2'), ValueError, 'trained'
-    yield 'no name', dict(name=None), TypeError, 'None'
-    yield 'mixed target modules', dict(adapters=['l0', 'regex']), ValueError, 'regular expressions'
-    yield 'dora', dict(adapters=['dora', 'l0']), ValueError, 'use_dora'
-
-
-@pytest.mark.parametrize(
-    'arguments, error, message', [case[1:] for case in bad_updates()], ids=[case[0] for case in bad_updates()])
-@pytest.mark.parametrize('cls', [LoRAConfig, LoraConfig])
-def test_bad_input_is_refused_with_a_reason_and_changes_nothing(cls, arguments, error, message):
-    configs = {
-        **loras(3, cls), 'wide': cls(r=6, target_modules=PROJECTIONS),
-        'patterned': cls(r=4, target_modules=PROJECTIONS, rank_pattern={'q_proj': 2}),
-        'regex': cls(r=4, target_modules='.*q_proj'),
-        'dora': cls(r=4, target_modules=['q_proj'], use_dora=True)
-    }
-    model = (swift_model if cls is LoRAConfig else peft_model)(configs)
-    add(model, ['l0', 'l1'])
-    before = state(model)
-    arguments = {'adapters': ['l0', 'l1'], 'weights': [0.5, 0.5], 'combination_type': None, **arguments}
-    with pytest.raises(error, match=message):
-        update(model, **arguments)
-    assert_same_state(state(model), before)
-    update(model, ['l0', 'l1'], [0.3, 0.3], 'cat')
-    assert_as_fresh(model, ['l0', 'l1'], [0.3, 0.3], 'cat')
-
-
-@pytest.mark.parametrize('merged', ['fused', 'l1'])
-def test_an_adapter_that_is_merged_into_the_base_weights_is_refused(model, merged):
-    add(model)
-    for layer in layers(model).values():
-        layer.merge(adapter_names=[merged])
-    before = state(model)
-    with pytest.raises(ValueError, match='merged into the base weights'):
-        update(model)
-    assert_same_state(state(model), before)
-
-
-def test_two_sources_with_a_module_of_their_own_are_refused(build):
-    model = build(modules_to_save=[['lm_head']])
-    # Stock cannot add an adapter while several of these are active, as they are in a new SwiftModel.
-    activate(model, 'l3')
-    add(model, ['l3'], [1.0])
-    before = state(model)
-    with pytest.raises(ValueError, match='modules_to_save'):
-        update(model)
-    assert_same_state(state(model), before)
 
 
 @pytest.mark.parametrize('combination_type', ['linear', 'cat'])
@@ -469,23 +309,6 @@ def test_an_add_that_fails_leaves_no_adapter(model, monkeypatch):
     assert_same_state(state(model), before)
     add(model, combination_type='cat')
     assert_as_fresh(model, ['l3', 'l1'], [0.4, -0.7], 'cat')
-
-
-def test_a_trained_adapter_is_neither_replaced_nor_made_refillable_by_adding_one_of_its_name(model):
-    before = deltas(model, 'l2')
-    add(model, ['l0', 'l1'], [1.0, 1.0], name='l2')
-    with pytest.raises(ValueError, match='trained'):
-        update(model, ['l0', 'l1'], [1.0, 1.0], name='l2')
-    assert all(torch.equal(delta, before[name]) for name, delta in deltas(model, 'l2').items())
-
-
-def test_a_new_adapter_that_took_the_name_of_a_deleted_fused_one_is_never_overwritten():
-    model = peft_model(loras(cls=LoraConfig))
-    add(model)
-    model.delete_adapter('fused')
-    model.add_adapter('fused', LoraConfig(r=4, target_modules=PROJECTIONS))
-    with pytest.raises(ValueError, match='trained'):
-        update(model)
 
 
 def test_svd_of_lora_factors_never_forms_a_dense_delta(model, monkeypatch):

@@ -1,0 +1,67 @@
+"""Sample 1000 costs what sample 100 costs: seconds of the last hundred compositions over those of the first hundred.
+
+Run it by `make bench`. The numbers are ratios within one run; the seconds are this machine's.
+"""
+import gc
+import os
+import psutil
+import pytest
+import random
+import statistics
+import time
+import torch
+from peft.tuners.lora import LoraLayer
+from swift.tuners import LoRAConfig, SwiftModel
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import swift_patch
+
+TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+NAMES = [f'lora_{i}' for i in range(14)]
+
+
+def build(layers: int) -> SwiftModel:
+    """A Qwen2 with 7 LoRA layers in each of its layers and 14 random LoRAs of rank 8."""
+    config = Qwen2Config(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256)
+    configs = {name: LoRAConfig(r=8, target_modules=TARGETS) for name in NAMES}
+    model = SwiftModel(Qwen2ForCausalLM(config), configs, inference_mode=True)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for B in module.lora_B.values():
+                torch.nn.init.normal_(B.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture'])
+def test_a_thousand_compositions_cost_the_same_from_first_to_last(merge_method: str) -> None:
+    torch.set_num_threads(1)
+    model = build(layers=24)
+    composer = swift_patch.FusionComposer(model, merge_method)
+    composer.reserve(max_sources=3)
+    rng, process = random.Random(0), psutil.Process(os.getpid())
+
+    def compose() -> float:
+        sources = rng.sample(NAMES, 3)
+        start = time.perf_counter()
+        composer.compose(sources)
+        return time.perf_counter() - start
+
+    for _ in range(100):
+        compose()
+    gc.collect()
+    memory = process.memory_info().rss
+    seconds = [compose() for _ in range(1000)]
+    gc.collect()
+    growth = process.memory_info().rss - memory
+    first, last = statistics.median(seconds[:100]), statistics.median(seconds[-100:])
+    print(
+        f'\n{merge_method}: median of the first hundred {first * 1e3:.2f} ms, of the last hundred {last * 1e3:.2f} ms: '
+        f'{last / first:.3f} times; memory grew by {growth / 2**20:.2f} MiB')
+    assert abs(last / first - 1) < 0.05
+    assert growth < 2**22

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from models import (PROJECTIONS, activate, add, assert_as_fresh, assert_same_state, deltas, layers, loras, peft_model,
+                    state, swift_model, update)
+from peft import LoraConfig
+from swift.tuners import LoRAConfig
+
+from swift_patch.plan import check_sources
+
+
+def bad_updates():
+    nan, inf = float('nan'), float('inf')
+    yield 'unknown source', dict(adapters=['l0', 'nobody']), ValueError, 'nobody'
+    yield 'itself', dict(adapters=['l0', 'fused']), ValueError, 'fused'
+    yield 'no sources', dict(adapters=[], weights=[]), ValueError, 'at least one'
+    yield 'lengths', dict(adapters=['l0'], weights=[1.0, 2.0]), ValueError, '1 adapters'
+    yield 'nan', dict(weights=[nan, 1.0]), ValueError, 'nan'
+    yield 'inf', dict(weights=[inf, 1.0]), ValueError, 'inf'
+    yield 'too large', dict(weights=[1e60, 1.0]), ValueError, '1e\\+60'
+    yield 'huge', dict(weights=[10**400, 1.0]), ValueError, '1000'
+    yield 'not numbers', dict(weights=['1', 1.0]), TypeError, "'1'"
+    yield 'bools', dict(weights=[True, 1.0]), TypeError, 'True'
+    yield 'a string', dict(adapters='l0', weights=[1.0]), TypeError, 'l0'
+    yield 'no strings', dict(adapters=['l0', 1]), TypeError, '1'
+    yield 'no weights', dict(weights=None), TypeError, 'None'
+    yield 'a type that is none', dict(combination_type='mean'), ValueError, 'mean'
+    yield 'no density', dict(combination_type='ties'), ValueError, 'density'
+    yield 'a bad density', dict(combination_type='ties', density=-0.1), ValueError, '-0.1'
+    yield 'nan density', dict(combination_type='ties', density=nan), ValueError, 'nan'
+    yield 'ranks', dict(adapters=['l0', 'wide'], combination_type='linear'), ValueError, "'wide': 6"
+    yield 'ranks of one layer', dict(adapters=['l0', 'patterned'], combination_type='linear'), ValueError, 'q_proj'
+    yield 'ranks to average', dict(adapters=['l0', 'wide'], combination_type='average'), ValueError, "'wide': 6"
+    yield 'a bad rank', dict(combination_type='svd', svd_rank=-1), ValueError, '-1'
+    yield 'a bad clamp', dict(combination_type='svd', svd_clamp=1.5), ValueError, '1.5'
+    yield 'a bad driver', dict(combination_type='svd', svd_driver='fast'), ValueError, 'fast'
+    yield 'a driver on the CPU', dict(combination_type='svd', svd_driver='gesvd'), ValueError, 'gesvd'
+    yield 'a bad method', dict(combination_type='ties', density=0.5, majority_sign_method='x'), ValueError, "'x'"
+    yield 'an unknown target', dict(name='nobody'), ValueError, 'nobody'
+    yield 'a trained target', dict(adapters=['l0', 'l1'], name='l2'), ValueError, 'trained'
+    yield 'no name', dict(name=None), TypeError, 'None'
+    yield 'mixed target modules', dict(adapters=['l0', 'regex']), ValueError, 'regular expressions'
+    yield 'dora', dict(adapters=['dora', 'l0']), ValueError, 'use_dora'
+
+
+@pytest.mark.parametrize(
+    'arguments, error, message', [case[1:] for case in bad_updates()], ids=[case[0] for case in bad_updates()])
+@pytest.mark.parametrize('cls', [LoRAConfig, LoraConfig])
+def test_bad_input_is_refused_with_a_reason_and_changes_nothing(cls, arguments, error, message):
+    configs = {
+        **loras(3, cls), 'wide': cls(r=6, target_modules=PROJECTIONS),
+        'patterned': cls(r=4, target_modules=PROJECTIONS, rank_pattern={'q_proj': 2}),
+        'regex': cls(r=4, target_modules='.*q_proj'),
+        'dora': cls(r=4, target_modules=['q_proj'], use_dora=True)
+    }
+    model = (swift_model if cls is LoRAConfig else peft_model)(configs)
+    add(model, ['l0', 'l1'])
+    before = state(model)
+    arguments = {'adapters': ['l0', 'l1'], 'weights': [0.5, 0.5], 'combination_type': None, **arguments}
+    with pytest.raises(error, match=message):
+        update(model, **arguments)
+    assert_same_state(state(model), before)
+    update(model, ['l0', 'l1'], [0.3, 0.3], 'cat')
+    assert_as_fresh(model, ['l0', 'l1'], [0.3, 0.3], 'cat')
+
+
+@pytest.mark.parametrize('merged', ['fused', 'l1'])
+def test_an_adapter_that_is_merged_into_the_base_weights_is_refused(model, merged):
+    add(model)
+    for layer in layers(model).values():
+        layer.merge(adapter_names=[merged])
+    before = state(model)
+    with pytest.raises(ValueError, match='merged into the base weights'):
+        update(model)
+    assert_same_state(state(model), before)
+
+
+def test_two_sources_with_a_module_of_their_own_are_refused(build):
+    model = build(modules_to_save=[['lm_head']])
+    # Stock cannot add an adapter while several of these are active, as they are in a new SwiftModel.
+    activate(model, 'l3')
+    add(model, ['l3'], [1.0])
+    before = state(model)
+    with pytest.raises(ValueError, match='modules_to_save'):
+        update(model)
+    assert_same_state(state(model), before)
+
+
+def test_a_trained_adapter_is_neither_replaced_nor_made_refillable_by_adding_one_of_its_name(model):
+    before = deltas(model, 'l2')
+    add(model, ['l0', 'l1'], [1.0, 1.0], name='l2')
+    with pytest.raises(ValueError, match='trained'):
+        update(model, ['l0', 'l1'], [1.0, 1.0], name='l2')
+    assert all(torch.equal(delta, before[name]) for name, delta in deltas(model, 'l2').items())
+
+
+def test_a_new_adapter_that_took_the_name_of_a_deleted_fused_one_is_never_overwritten():
+    model = peft_model(loras(cls=LoraConfig))
+    add(model)
+    model.delete_adapter('fused')
+    model.add_adapter('fused', LoraConfig(r=4, target_modules=PROJECTIONS))
+    with pytest.raises(ValueError, match='trained'):
+        update(model)
+
+
+@pytest.mark.parametrize(
+    'weights', [[1, 0.5],
+                (1, 0.5), torch.tensor([1, 0.5]),
+                torch.tensor([1, 0.5]).numpy(),
+                iter([1, 0.5])],
+    ids=lambda weights: type(weights).__name__)
+def test_weights_may_be_any_list_of_numbers(weights):
+    assert check_sources(['a', 'b'], weights) == (['a', 'b'], [1.0, 0.5])
