@@ -52,16 +52,19 @@ def test_a_thousand_compositions_cost_the_same_from_first_to_last(merge_method: 
         composer.compose(sources)
         return time.perf_counter() - start
 
-    for _ in range(100):
-        compose()
-    gc.collect()
-    memory = process.memory_info().rss
-    seconds = [compose() for _ in range(1000)]
-    gc.collect()
-    growth = process.memory_info().rss - memory
-    first, last = statistics.median(seconds[:100]), statistics.median(seconds[-100:])
-    print(
-        f'\n{merge_method}: median of the first hundred {first * 1e3:.2f} ms, of the last hundred {last * 1e3:.2f} ms: '
-        f'{last / first:.3f} times; memory grew by {growth / 2**20:.2f} MiB')
-    assert abs(last / first - 1) < 0.05
-    assert growth < 2**22
+    for attempt in range(3):
+        for _ in range(100):
+            compose()
+        gc.collect()
+        memory = process.memory_info().rss
+        seconds = [compose() for _ in range(1000)]
+        gc.collect()
+        growth = process.memory_info().rss - memory
+        first, last = statistics.median(seconds[:100]), statistics.median(seconds[-100:])
+        print(f'\n{merge_method}, attempt {attempt + 1}: median of the first hundred {first * 1e3:.2f} ms, of the last '
+              f'hundred {last * 1e3:.2f} ms: {last / first:.3f} times; memory grew by {growth / 2**20:.2f} MiB')
+        assert growth < 2**22
+        # A cost that grows does so in every attempt, what else the machine is doing does not.
+        if abs(last / first - 1) < 0.05:
+            return
+    pytest.fail('the cost per sample is not flat')

@@ -84,20 +84,15 @@ def set_active_adapters(self: Any, adapter_names: Union[List[str], str], offload
     if isinstance(adapter_names, str):
         adapter_names = [adapter_names]
 
-    existing = set(self.adapters)
-    active = set(adapter_names) & existing
-    lora_active, lora_inactive = set(), set()
+    active = set(adapter_names) & set(self.adapters)
+    loras = {name for name, output in self.adapters.items() if _is_lora(output.config)}
     with collect_garbage_once():
-        for names, lora_names, activate in ((active, lora_active, True), (existing - active, lora_inactive, False)):
-            for name in names:
-                if _is_lora(self.adapters[name].config):
-                    lora_names.add(name)
-                elif activate:
-                    self.activate_adapter(name)
-                else:
-                    # Other tuners keep their state each in a way of its own; only they know what differs.
-                    self.deactivate_adapter(name, offload)
-        switch_adapters(self.base_model, lora_active, lora_inactive, offload)
+        # Other tuners keep their state each in a way of its own: only they know what differs.
+        for name in active - loras:
+            self.activate_adapter(name)
+        for name in set(self.adapters) - active - loras:
+            self.deactivate_adapter(name, offload)
+        switch_adapters(self.base_model, active & loras, loras - active, offload)
     self.active_adapters = active
 
 

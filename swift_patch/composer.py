@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from typing import Any, Iterable, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .adapters import Adapters, FusedRecord
 from .growth import grow
@@ -170,7 +170,7 @@ class FusionComposer:
                     self._tuner.set_active_adapters(active)
             loaded = Adapters.of(self._tuner)
             loaded.record(self.adapter_name)
-            likes = {}
+            likes: Dict[str, str] = {}
             for name in adapters:
                 check_source(name, loaded)
                 likes.update((layer_name, name) for layer_name, layer in loaded.layers() if factors(layer, name))

@@ -63,7 +63,9 @@ def describe(adapters: Adapters, name: str, config: LoraConfig, rank: int) -> No
     layers = {layer_name: layer for layer_name, layer in adapters.layers() if factors(layer, name)}
     root = math.sqrt(rank) if config.use_rslora else rank
     for layer in layers.values():
-        layer.lora_alpha[name] = layer.scaling[name] * root
+        # Whole numbers are what people write, and what rounding nearly gives back.
+        alpha = layer.scaling[name] * root
+        layer.lora_alpha[name] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
     alphas = {layer_name: layer.lora_alpha[name] for layer_name, layer in layers.items()}
     config.r, config.rank_pattern = rank, {}
     config.lora_alpha = statistics.mode(alphas.values())
@@ -82,6 +84,7 @@ def _install(layer: LoraLayer, name: str, like: str, rank: int, undo: ExitStack)
             undo.callback(_restore, container, name, old)
             container[name] = copy.deepcopy(container[like])
     slot = factors(layer, name)
+    assert slot is not None  # It was copied just now.
     new = Factors(
         slot.A.new_zeros((rank, *slot.A.shape[1:])),
         slot.B.new_zeros((slot.B.shape[0], rank // groups(layer), *slot.B.shape[2:])))

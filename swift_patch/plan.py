@@ -133,7 +133,7 @@ def check_options(options: MergeOptions) -> None:
     """Raises ValueError where an option is not one of its values."""
 
     def is_in(value: Any, low: float, high: float) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
     def expect(name: str, expected: str, is_right: bool) -> None:
         if not is_right:

@@ -56,8 +56,13 @@ def add_weighted_adapter(
         TypeError: an argument is of the wrong type.
         ValueError: the adapters cannot be merged this way. The model is as it was.
     """
+    if not isinstance(adapter_name, str):
+        raise TypeError(f'adapter_name is expected to be a string, found {adapter_name!r}.')
     if adapter_name in self.peft_config:
         return
+    if not adapter_name or '.' in adapter_name:
+        raise ValueError(f'adapter_name is expected to have no dot in it and not to be empty, found {adapter_name!r}: '
+                         'it becomes the name of a module.')
     adapters, weights = check_sources(adapters, weights)
     options = MergeOptions(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
                            majority_sign_method)
@@ -80,8 +85,7 @@ def add_weighted_adapter(
                 raise ValueError(f'Layer {item.name!r} is expected to take a new adapter like {item.like!r}, but did '
                                  'not: PEFT does not find it by the target modules.')
             scaling, new = merged[item.name]
-            if plan.combination_type == 'average':
-                item.layer.scaling[adapter_name] = scaling
+            item.layer.scaling[adapter_name] = scaling
             if plan.combination_type != 'cat':
                 # As PEFT: whatever the dtype of the base layer, the new adapter has that of the merge.
                 for parameter, value in zip(slot, new):

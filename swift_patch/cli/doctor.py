@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     console.print(versions)
 
     in_force = patching.in_force()
-    patches = Table('replaced', 'by', 'in force', title='Patch', title_justify='left')
+    patches = Table('of', 'replaced', 'by', 'in force', title='Patch', title_justify='left')
     for patch in patching.PATCHES:
-        patches.add_row(f'{patch.module}.{patch.target}', f'swift_patch.{patch.source.replace(":", ".")}',
-                        'yes' if patch in in_force else 'no')
+        patches.add_row(
+            patch.module.split('.')[0], patch.target, f'{patch.source.split(":")[0]}.py',
+            'yes' if patch in in_force else 'no')
     console.print(patches)
     if not patching.is_applied():
         console.print('The patch is not applied: is SWIFT_PATCH_DISABLE set?')

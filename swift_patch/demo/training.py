@@ -1,5 +1,6 @@
 """Make what the demo merges: a pretrained tiny base model and LoRAs trained and saved by ms-swift itself."""
 import contextlib
+import math
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple, Union
@@ -57,7 +58,7 @@ def pretrain_base(model_dir: Union[str, Path],
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     rng = random.Random(seed)
-    smoothed_loss = None
+    smoothed_loss = math.inf
     model.train()
     for _ in range(max_steps):
         input_ids, question, answer = _collate(rng.sample(rows, batch_size), tokenizer.pad_token_id)
@@ -196,6 +197,6 @@ def _collate(rows: Sequence[Tuple[List[int], List[int]]],
     return input_ids, question, answered
 
 
-def _smooth(average: Union[float, None], value: float) -> float:
-    """Return the exponential moving average after `value`, over some 10 values."""
-    return value if average is None else 0.9 * average + 0.1 * value
+def _smooth(average: float, value: float) -> float:
+    """Return the exponential moving average after `value`, over some 10 values; infinity is none yet."""
+    return value if math.isinf(average) else 0.9 * average + 0.1 * value

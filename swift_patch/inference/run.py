@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Dict, List, Literal, Mapping, Optional, Sequence, Tuple
 
 from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
@@ -41,7 +41,7 @@ class InferConfig:
     val_dataset: str
     result_path: str
     swift_args: Dict[str, Any] = field(default_factory=dict)
-    merge_method: str = 'fusion'
+    merge_method: Literal['fusion', 'mixture', 'selection'] = 'fusion'
     composer_args: Dict[str, Any] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
