@@ -1,6 +1,7 @@
-"""Sample 1000 costs what sample 100 costs: seconds of the last hundred compositions over those of the first hundred.
+"""How flat the cost per sample is. Run it by `make bench`.
 
-Run it by `make bench`. The numbers are ratios within one run; the seconds are this machine's.
+The numbers are ratios within one run: the last hundred compositions over the first hundred of a thousand, and a model
+with many LoRAs over one with few.
 """
 import gc
 import os
@@ -13,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from swift.tuners import LoRAConfig, SwiftModel
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from typing import Sequence
 
 import swift_patch
 
@@ -20,8 +22,8 @@ TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 NAMES = [f'lora_{i}' for i in range(14)]
 
 
-def build(layers: int) -> SwiftModel:
-    """A Qwen2 with 7 LoRA layers in each of its layers and 14 random LoRAs of rank 8."""
+def build(layers: int, names: Sequence[str] = NAMES) -> SwiftModel:
+    """A Qwen2 with 7 LoRA layers in each of its layers and random LoRAs of rank 8."""
     config = Qwen2Config(
         hidden_size=256,
         intermediate_size=512,
@@ -29,7 +31,7 @@ def build(layers: int) -> SwiftModel:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=256)
-    configs = {name: LoRAConfig(r=8, target_modules=TARGETS) for name in NAMES}
+    configs = {name: LoRAConfig(r=8, target_modules=TARGETS) for name in names}
     model = SwiftModel(Qwen2ForCausalLM(config), configs, inference_mode=True)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -68,3 +70,23 @@ def test_a_thousand_compositions_cost_the_same_from_first_to_last(merge_method: 
         if abs(last / first - 1) < 0.05:
             return
     pytest.fail('the cost per sample is not flat')
+
+
+def test_a_composition_costs_the_same_however_many_loras_are_loaded() -> None:
+    torch.set_num_threads(1)
+    counts = (4, 64)
+    composers = [swift_patch.FusionComposer(build(8, [f'lora_{i}' for i in range(count)])) for count in counts]
+    for attempt in range(3):
+        seconds = [[], []]
+        for i in range(300):
+            for of_one, composer in zip(seconds, composers):
+                start = time.perf_counter()
+                composer.compose(['lora_0', 'lora_1', 'lora_2'], [i + 1, 1, 1])
+                of_one.append(time.perf_counter() - start)
+        few, many = (statistics.median(of_one[100:]) for of_one in seconds)
+        print(
+            f'\nattempt {attempt + 1}: {few * 1e3:.2f} ms with {counts[0]} LoRAs, {many * 1e3:.2f} ms with {counts[1]}: '
+            f'{many / few:.3f} times')
+        if many / few < 1.1:
+            return
+    pytest.fail('the cost depends on the number of LoRAs')
