@@ -84,9 +84,8 @@ def test_a_composition_costs_the_same_however_many_loras_are_loaded() -> None:
                 composer.compose(['lora_0', 'lora_1', 'lora_2'], [i + 1, 1, 1])
                 of_one.append(time.perf_counter() - start)
         few, many = (statistics.median(of_one[100:]) for of_one in seconds)
-        print(
-            f'\nattempt {attempt + 1}: {few * 1e3:.2f} ms with {counts[0]} LoRAs, {many * 1e3:.2f} ms with {counts[1]}: '
-            f'{many / few:.3f} times')
+        ratio = f'{counts[0]} LoRAs {few * 1e3:.2f} ms, {counts[1]} LoRAs {many * 1e3:.2f} ms: {many / few:.3f} times'
+        print(f'\nattempt {attempt + 1}: {ratio}')
         if many / few < 1.1:
             return
     pytest.fail('the cost depends on the number of LoRAs')
