@@ -4,7 +4,7 @@ from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from torch import nn
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from .lora_index import Factors, LoraIndex, factors, unpadded
+from .lora_index import Factors, LoraIndex, factors, rescaled, unpadded
 from .merging import MergeOptions
 
 # Where a model keeps the records of its fused adapters, in its `__dict__`: copied with it, and gone with it.
@@ -18,11 +18,14 @@ class FusedRecord:
     Attributes:
         config: the adapter's config. An adapter of the same name with another config is another adapter.
         options: what it was last filled with.
-        rank: the rank that a new adapter would have had then; the parameters may have more, filled with zeros.
+        fresh: the config that a new adapter would have had then. The adapter's own is that of its first sample.
+        layers: the rank and the scaling that a new adapter would have had then, by layer. The parameters may have more
+            rank, filled with zeros, and another scaling, made up for in A and B; and other layers hold only zeros.
     """
     config: LoraConfig
     options: MergeOptions
-    rank: int
+    fresh: LoraConfig
+    layers: Mapping[str, Tuple[int, float]]
 
 
 class Adapters(NamedTuple):
@@ -69,23 +72,37 @@ class Adapters(NamedTuple):
                              'another name and make it by `add_weighted_adapter` first.')
         return self._records()[name]
 
-    def remember(self, name: str, options: MergeOptions, rank: int) -> None:
-        """Records what the fused adapter `name` was filled with."""
-        self._records()[name] = FusedRecord(self.configs[name], options, rank)
+    def remember(self, name: str, options: MergeOptions, fresh: LoraConfig, layers: Mapping[str, Tuple[int,
+                                                                                                       float]]) -> None:
+        """Records what the fused adapter `name` was filled with, see `FusedRecord`."""
+        self._records()[name] = FusedRecord(self.configs[name], options, fresh, layers)
+
+    def config(self, name: str) -> Any:
+        """Returns the config of `name` as a source: of a fused adapter, the one that a new adapter would have."""
+        return self._records()[name].fresh if self.is_fused(name) else self.configs[name]
 
     def rank(self, name: str) -> int:
-        """Returns the largest rank of the LoRA `name`; of a fused adapter, the rank that is in use."""
-        config = self.configs[name]
-        if self.is_fused(name):
-            return self._records()[name].rank
+        """Returns the largest rank that the LoRA `name` has by its config as a source."""
+        config = self.config(name)
         return max(config.r, *(config.rank_pattern or {}).values(), 0)
 
-    def factors(self, name: str, layer: LoraLayer) -> Optional[Factors]:
-        """Returns the `Factors` of `name` in `layer`, without the zeros that fill up a fused adapter, or None."""
+    def has_layer(self, name: str, layer_name: str, layer: LoraLayer) -> bool:
+        """Returns whether `name` as a source has the layer."""
+        return factors(
+            layer, name) is not None and not (self.is_fused(name) and layer_name not in self._records()[name].layers)
+
+    def source(self, name: str, layer_name: str, layer: LoraLayer) -> Optional[Tuple[Factors, float]]:
+        """Returns the factors and the scaling of `name` as a source, or None where it does not have the layer.
+
+        Those of a fused adapter are what a new adapter would have, not how they are kept.
+        """
         found = factors(layer, name)
-        if found is not None and self.is_fused(name):
-            return unpadded(layer, found, self._records()[name].rank)
-        return found
+        if found is None or not self.is_fused(name):
+            return None if found is None else (found, layer.scaling[name])
+        if layer_name not in self._records()[name].layers:
+            return None
+        rank, scaling = self._records()[name].layers[layer_name]
+        return rescaled(unpadded(layer, found, rank), layer.scaling[name] / scaling), scaling
 
     def _records(self) -> Dict[str, FusedRecord]:
         return self.model.__dict__.setdefault(_ATTRIBUTE, {})

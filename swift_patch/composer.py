@@ -1,4 +1,5 @@
 """Selection, fusion and mixture of LoRAs, one sample after another (LoraRetriever, arXiv:2402.09997, §4.2)."""
+import math
 import threading
 import torch
 import weakref
@@ -6,27 +7,76 @@ from contextlib import ExitStack, contextmanager
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Iterable, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .adapters import Adapters, FusedRecord
-from .growth import grow
 from .lora_index import factors
 from .merging import COMBINATION_TYPES, MergeOptions
+from .patching import is_applied
 from .plan import check_options, check_source, check_sources
+from .weighted import new_swift_adapter, remove_adapter, reserve_weighted_adapter
 
 MERGE_METHODS = {'fusion': 'average', 'mixture': 'cat', 'selection': 'linear'}
 
+_REVERTED = 'swift_patch is expected to be applied, but is not: call swift_patch.apply().'
+
 # One lock per model, not per composer: all composers of a model switch the same layers. It dies with the model.
-_locks: 'weakref.WeakKeyDictionary[nn.Module, threading.RLock]' = weakref.WeakKeyDictionary()
+_locks: 'weakref.WeakKeyDictionary[nn.Module, _ModelLock]' = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
 
+class _ModelLock:
+    """Held while a model's layers are switched or a fused adapter is used.
+
+    Attributes:
+        lock: the lock.
+        held: what a `fused` block holds now: adapter, sources and weights. Only its thread can see it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: Optional[Tuple[str, List[str], List[float]]] = None
+
+
 class _Composition(NamedTuple):
-    """What was composed last, and how the tensors could be recognised that it was composed from and into."""
+    """What was composed last, and how to tell that nothing was written since.
+
+    Attributes:
+        sources: the sources.
+        weights: their weights.
+        record: the record of the fused adapter, a new one with each refill.
+        tensors: all tensors of the sources and of the fused adapter, with all that changes when they are written to.
+        values: what some of the sources' tensors held.
+    """
     sources: List[str]
     weights: List[float]
     record: FusedRecord
-    tensors: List[Tuple['weakref.ref[Tensor]', int, int, float]]
+    tensors: List[Tuple['weakref.ref[Tensor]', Any, Any, float]]
+    values: List[Tensor]
+
+
+def merge_options(merge_method: str, combination_type: Optional[str] = None, **options: Any) -> MergeOptions:
+    """Returns how a composer with these arguments merges.
+
+    Args:
+        merge_method: `fusion`, `mixture` or `selection`.
+        combination_type: Any type of `add_weighted_adapter`, instead of `merge_method`.
+        **options: The other fields of `MergeOptions`.
+
+    Raises:
+        ValueError: An argument is not one of its values, or they do not go together.
+    """
+    if not isinstance(merge_method, str) or merge_method not in MERGE_METHODS:
+        raise ValueError(f'merge_method is expected to be one of {list(MERGE_METHODS)}, found {merge_method!r}.')
+    if merge_method == 'selection' and combination_type is not None:
+        raise ValueError("merge_method 'selection' takes one source alone, so it has no combination_type, found "
+                         f'{combination_type!r}.')
+    name = MERGE_METHODS[merge_method] if combination_type is None else combination_type
+    merged = MergeOptions(combination_type=name, **options)
+    check_options(merged)
+    if COMBINATION_TYPES[name].needs_density and merged.density is None:
+        raise ValueError(f'combination_type {name!r} needs a density, the fraction of values to keep.')
+    return merged
 
 
 class FusionComposer:
@@ -50,6 +100,7 @@ class FusionComposer:
         TypeError: `model` is none of these.
         ValueError: An argument is not one of its values, or `adapter_name` is taken by an adapter that may not be
             overwritten.
+        RuntimeError: swift_patch is not applied.
 
     Example:
         >>> composer = swift_patch.FusionComposer(model)
@@ -71,38 +122,39 @@ class FusionComposer:
         # Any model that torch.compile wrapped; the layers are the same.
         self._model: Any = getattr(model, '_orig_mod', model)
         self._tuner: Any = self._model.base_model if isinstance(self._model, PeftModel) else self._model
+        if not is_applied():
+            raise RuntimeError(_REVERTED)
         if not hasattr(type(self._tuner), 'update_weighted_adapter'):
-            raise TypeError(f'model is expected to be a SwiftModel or a PeftModel with LoRAs, found '
-                            f'{type(model).__name__} (and swift_patch to be applied, see swift_patch.apply).')
-        if merge_method not in MERGE_METHODS:
-            raise ValueError(f'merge_method is expected to be one of {list(MERGE_METHODS)}, found {merge_method!r}.')
-        if merge_method == 'selection' and combination_type is not None:
-            raise ValueError("merge_method 'selection' takes one source alone, so it has no combination_type, found "
-                             f'{combination_type!r}.')
-        self.merge_method = merge_method
-        self.adapter_name = adapter_name
-        self._options = MergeOptions(
-            combination_type=MERGE_METHODS[merge_method] if combination_type is None else combination_type,
+            raise TypeError('model is expected to be a SwiftModel or a PeftModel with LoRAs, found '
+                            f'{type(model).__name__}.')
+        self._options = merge_options(
+            merge_method,
+            combination_type,
             svd_rank=svd_rank,
             svd_clamp=svd_clamp,
             svd_driver=svd_driver,
             density=density,
             majority_sign_method=majority_sign_method)
-        check_options(self._options)
-        if COMBINATION_TYPES[self._options.combination_type].needs_density and density is None:
-            raise ValueError(f'combination_type {combination_type!r} needs a density, the fraction of values to keep.')
+        self.merge_method = merge_method
+        self.adapter_name = adapter_name
         loaded = Adapters.of(self._tuner)
         if adapter_name in loaded.configs:
             loaded.record(adapter_name)
         self._last: Optional[_Composition] = None
         with _locks_guard:
-            self._lock = _locks.setdefault(loaded.model, threading.RLock())
+            self._model_lock = _locks.setdefault(loaded.model, _ModelLock())
+        # Mixture and selection are defined by the delta. PEFT's types give it √r times too much for sources with
+        # rsLoRA, which is kept where a type is asked for by name.
+        self._is_exact = combination_type is None and merge_method != 'fusion'
 
     def compose(self,
                 adapters: Union[Sequence[str], Mapping[str, float]],
                 weights: Optional[Sequence[float]] = None) -> str:
         """Fuses `adapters` and makes the fused adapter the only active one (in the calling thread, where ms-swift
         activates by thread). Doing it again with nothing changed does nothing.
+
+        A source that was written to in between is noticed, except for single layers that were written to in place
+        through `.data`, which counts nothing: call `update_weighted_adapter` then.
 
         Args:
             adapters: The names of the sources, or a mapping from names to weights.
@@ -113,17 +165,22 @@ class FusionComposer:
 
         Raises:
             TypeError: An argument is of the wrong type.
-            ValueError: The sources cannot be merged. The model is as it was.
+            ValueError: The sources cannot be merged, or an adapter is merged into the base weights. The model is as it
+                was.
+            RuntimeError: swift_patch was reverted, or a `fused` block of this thread holds something else.
         """
         sources, numbers = self._sources(adapters, weights)
-        with self._lock:
+        with self._model_lock.lock, ExitStack() as undo:
+            self._check_usable(sources, numbers)
             if not self._is_composed(sources, numbers):
                 self._last = None
-                self._refill(sources, numbers)
+                self._refill(sources, numbers, undo)
                 record = Adapters.of(self._tuner).record(self.adapter_name)
                 tensors = [(weakref.ref(tensor), *rest) for tensor, *rest in self._tensors(sources)]
-                self._last = _Composition(sources, numbers, record, tensors)
+                values = [tensor.detach().clone() for tensor in self._samples(sources)]
+                self._last = _Composition(sources, numbers, record, tensors, values)
             self._activate()
+            undo.pop_all()
         return self.adapter_name
 
     @contextmanager
@@ -138,9 +195,18 @@ class FusionComposer:
 
         Yields:
             The name of the fused adapter.
+
+        Raises:
+            RuntimeError: Another `fused` block of this thread holds something else. For the rest see `compose`.
         """
-        with self._lock:
-            yield self.compose(adapters, weights)
+        sources, numbers = self._sources(adapters, weights)
+        with self._model_lock.lock:
+            name, before = self.compose(sources, numbers), self._model_lock.held
+            self._model_lock.held = (name, sources, numbers)
+            try:
+                yield name
+            finally:
+                self._model_lock.held = before
 
     def reserve(self, adapters: Optional[Sequence[str]] = None, max_sources: Optional[int] = None) -> None:
         """Makes the fused adapter large enough for any of `adapters`, so that it never grows (and nothing that was
@@ -151,7 +217,8 @@ class FusionComposer:
             max_sources: How many of them at most at a time; by default all. Only `cat` needs more rank for more.
 
         Raises:
-            ValueError: An adapter does not exist, or there is none.
+            TypeError: `adapters` is not a list of names.
+            ValueError: An adapter does not exist, or there is none. The model is as it was.
         """
         loaded = Adapters.of(self._tuner)
         if adapters is None:
@@ -159,30 +226,25 @@ class FusionComposer:
                 name for name, config in loaded.configs.items()
                 if isinstance(config, LoraConfig) and not loaded.is_fused(name)
             ]
-        if not adapters:
-            raise ValueError('adapters is expected to name at least one LoRA to reserve for, found none.')
-        with self._lock, torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        sources, _ = self._sources(adapters, None, all_of_them=True)
+        for name in sources:
+            check_source(name, loaded)
+        if max_sources is not None and not (isinstance(max_sources, int) and max_sources > 0):
+            raise ValueError(f'max_sources is expected to be a positive integer or None, found {max_sources!r}.')
+        ranks = sorted((loaded.rank(name) for name in sources), reverse=True)
+        is_sum = COMBINATION_TYPES[self._options.combination_type].rank == 'sum'
+        # A single source keeps its rank whatever `svd_rank` says.
+        rank = sum(ranks[:max_sources]) if is_sum else max(ranks[0], self._options.svd_rank or 0)
+        with self._model_lock.lock:
             if self.adapter_name not in loaded.configs:
-                active = self._tuner.active_adapters
-                self._refill(list(adapters)[:1], [0.0])
-                if not isinstance(self._tuner, LoraModel):
-                    # Which makes a new adapter the active one.
-                    self._tuner.set_active_adapters(active)
+                with ExitStack() as undo:
+                    self._refill(sources[:1], [0.0], undo)
+                    undo.pop_all()
             loaded = Adapters.of(self._tuner)
             loaded.record(self.adapter_name)
-            likes: Dict[str, str] = {}
-            for name in adapters:
-                check_source(name, loaded)
-                likes.update((layer_name, name) for layer_name, layer in loaded.layers() if factors(layer, name))
-            ranks = sorted((loaded.rank(name) for name in adapters), reverse=True)
-            rule = COMBINATION_TYPES[self._options.combination_type].rank
-            rank = sum(ranks[:max_sources]) if rule == 'sum' else ranks[0]
-            if rule == 'max':
-                rank = self._options.svd_rank or rank
-            grow(loaded, self.adapter_name, rank, likes, undo)
-            undo.pop_all()
+            reserve_weighted_adapter(loaded, self.adapter_name, rank, sources)
 
-    def _sources(self, adapters: Any, weights: Any) -> Tuple[List[str], List[float]]:
+    def _sources(self, adapters: Any, weights: Any, all_of_them: bool = False) -> Tuple[List[str], List[float]]:
         if isinstance(adapters, Mapping):
             if weights is not None:
                 raise TypeError('weights is expected to be left out where adapters is a mapping to weights, found '
@@ -192,14 +254,38 @@ class FusionComposer:
             adapters = list(adapters)
             weights = [1 / len(adapters) for _ in adapters]
         sources, numbers = check_sources(adapters, weights)
-        if self.merge_method == 'selection':
+        if self.merge_method == 'selection' and not all_of_them:
             return [sources[numbers.index(max(numbers))]], [1.0]
         return sources, numbers
 
-    def _refill(self, sources: List[str], weights: List[float]) -> None:
-        is_there = self.adapter_name in Adapters.of(self._tuner).configs
-        fill = self._tuner.update_weighted_adapter if is_there else self._tuner.add_weighted_adapter
-        fill(sources, weights, self.adapter_name, **vars(self._options))
+    def _check_usable(self, sources: List[str], weights: List[float]) -> None:
+        if not is_applied():
+            raise RuntimeError(_REVERTED)
+        if self._model_lock.held not in (None, (self.adapter_name, sources, weights)):
+            name, held, _ = self._model_lock.held
+            raise RuntimeError(f'Adapter {name!r} is held by a `fused` block of this thread with {held}: compose '
+                               f'{sources} after that block.')
+        for name, layer in Adapters.of(self._tuner).layers():
+            if layer.merged:
+                raise ValueError(
+                    f'Adapters {layer.merged_adapters} are merged into the base weights of layer {name!r}, '
+                    'where no other adapter takes effect then: unmerge them first.')
+
+    def _refill(self, sources: List[str], weights: List[float], undo: ExitStack) -> None:
+        loaded = Adapters.of(self._tuner)
+        if self._is_exact and sources[0] in loaded.configs and getattr(loaded.config(sources[0]), 'use_rslora', False):
+            root = math.sqrt(sum(loaded.rank(source) for source in sources if source in loaded.configs))
+            weights = [weight / root for weight in weights]
+        if self.adapter_name in loaded.configs:
+            self._tuner.update_weighted_adapter(sources, weights, self.adapter_name, **vars(self._options))
+            return
+        if isinstance(self._tuner, LoraModel):
+            self._tuner.add_weighted_adapter(sources, weights, self.adapter_name, **vars(self._options))
+            undo.callback(self._tuner.peft_config.pop, self.adapter_name)
+        else:
+            new_swift_adapter(self._tuner, sources, weights, self.adapter_name, **vars(self._options))
+            undo.callback(self._tuner.adapters.pop, self.adapter_name)
+        undo.callback(remove_adapter, loaded.model, self.adapter_name)
 
     def _activate(self) -> None:
         if not isinstance(self._tuner, LoraModel):
@@ -223,16 +309,23 @@ class FusionComposer:
             return False
         now = self._tensors(sources)
         return len(now) == len(last.tensors) and all(old[0]() is new[0] and old[1:] == new[1:]
-                                                     for old, new in zip(last.tensors, now))
+                                                     for old, new in zip(last.tensors, now)) and all(
+                                                         map(torch.equal, last.values, self._samples(sources)))
 
-    def _tensors(self, sources: List[str]) -> List[Tuple[Tensor, int, Any, float]]:
-        """Returns the tensors of the sources and the fused adapter, with all that tells that they were written to.
-
-        One way of writing is not seen: through `.data`, which counts nothing.
-        """
+    def _tensors(self, sources: List[str]) -> List[Tuple[Tensor, Any, Any, float]]:
+        """Returns the tensors of the sources and the fused adapter, with all that tells that they were written to."""
         return [
             # Inference tensors do not count what is written to them, so they are never the same.
             (parameter, parameter.data_ptr(), object() if parameter.is_inference() else parameter._version,
              layer.scaling[adapter]) for _, layer in Adapters.of(self._tuner).layers()
             for adapter in (*sources, self.adapter_name) for parameter in factors(layer, adapter) or ()
         ]
+
+    def _samples(self, sources: List[str]) -> List[Tensor]:
+        """Returns the sources' tensors in three of the layers.
+
+        Writing through `.data` counts nothing. Whatever writes a whole adapter so, like PEFT's hotswap, is seen here.
+        """
+        layers = Adapters.of(self._tuner).layers()
+        some = [layers[0], layers[len(layers) // 2], layers[-1]]
+        return [parameter for _, layer in some for source in sources for parameter in factors(layer, source) or ()]

@@ -40,8 +40,9 @@ def grow(adapters: Adapters, name: str, rank: int, likes: Mapping[str, str], und
     # One rank for all layers, as the config has it, and in every layer it must be divisible by the groups.
     multiple = math.lcm(*(groups(layers[layer_name]) for layer_name in (*old, *lacking)))
     rank = math.ceil(max(rank, old_rank) / multiple) * multiple
-    logger.warning(f'Adapter {name!r} grows from rank {old_rank} to {rank} and by {len(lacking)} layers: its '
-                   'parameters there are new objects, which compiled or captured graphs do not know.')
+    logger.warning(
+        f'Adapter {name!r} grows, rank {old_rank} -> {rank}, layers {len(old)} -> {len(old) + len(lacking)}: '
+        'its parameters there are new objects, which compiled or captured graphs do not know.')
     for layer_name, slot in old.items():
         if slot.A.shape[0] < rank:
             _install(layers[layer_name], name, name, rank, undo)

@@ -4,6 +4,7 @@ A model with M adapters holds three more modules per adapter in every LoRA layer
 with M and N. The index walks past the adapters, once, and afterwards only compares the children of every module with
 those it saw: exact (any module added, removed or replaced is noticed) and far cheaper than a walk.
 """
+import math
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
@@ -105,6 +106,14 @@ def factors(layer: LoraLayer, adapter: str) -> Optional[Factors]:
 def groups(layer: LoraLayer) -> int:
     """Returns the groups of a convolution, which part the rank too; 1 for any other layer."""
     return getattr(layer.get_base_layer(), 'groups', 1)
+
+
+def rescaled(pair: Factors, ratio: float) -> Factors:
+    """Returns `ratio` times the delta of `pair`, by A and B alike. Undone by the inverse."""
+    if ratio == 1:
+        return pair
+    root = math.sqrt(abs(ratio))
+    return Factors(pair.A * root, pair.B * math.copysign(root, ratio))
 
 
 def padded(layer: LoraLayer, new: Factors, slot: Factors) -> Factors:

@@ -93,7 +93,10 @@ def reference_scaling(sources: Sequence[Source]) -> float:
 
 
 def cat(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
-    """A = [w₁s₁A₁; w₂s₂A₂; …], B = [B₁ B₂ …]: the delta, so the output, is the weighted sum of the sources'."""
+    """A = [w₁s₁A₁; w₂s₂A₂; …], B = [B₁ B₂ …]: the delta, so the output, is the weighted sum of the sources'.
+
+    Not so for a convolution in groups, which pair other rows of A with B then: there, too, it is what PEFT makes.
+    """
     return Factors(
         torch.cat([source.A * (source.weight * source.scaling) for source in sources], dim=0),
         torch.cat([source.B for source in sources], dim=1))

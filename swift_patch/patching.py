@@ -7,7 +7,8 @@ import importlib
 import sys
 import threading
 import wrapt
-from typing import Any, Dict, NamedTuple, Set, Tuple
+from types import ModuleType
+from typing import Any, Dict, NamedTuple, Optional, Set, Tuple
 
 
 class Patch(NamedTuple):
@@ -28,6 +29,8 @@ class Patch(NamedTuple):
 PATCHES = (
     Patch('peft', 'peft.tuners.lora.model', 'LoraModel.add_weighted_adapter', 'weighted:add_weighted_adapter'),
     Patch('peft', 'peft.tuners.lora.model', 'LoraModel.update_weighted_adapter', 'weighted:update_weighted_adapter'),
+    Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.add_weighted_adapter',
+          'weighted:swift_add_weighted_adapter'),
     Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.update_weighted_adapter',
           'weighted:update_weighted_adapter'),
     Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.set_active_adapters', 'activation:set_active_adapters'),
@@ -42,6 +45,10 @@ _originals: Dict[Patch, Tuple[type, str, Any]] = {}
 _is_wanted = False
 # The modules that have a post-import hook. Never cleared, for wrapt cannot take a hook back; hooks ask `_is_wanted`.
 _hooked: Set[str] = set()
+# The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
+# made, so that the patch must wait until it is whole.
+_OWN_MODULES = tuple(f'{__package__}.{name}' for name in ('activation', 'adapters', 'compat', 'composer', 'growth',
+                                                          'lora_index', 'merging', 'plan', 'weighted'))
 # Guards all of the above. Reentrant: patching imports modules of this package, which may import a hooked module.
 _lock = threading.RLock()
 
@@ -50,13 +57,12 @@ def apply() -> None:
     """Puts `PATCHES` in force, each as soon as its module is imported. Doing it again changes nothing."""
     global _is_wanted
     _is_wanted = True
-    for module in dict.fromkeys(patch.after for patch in PATCHES):
-        if module in sys.modules:
-            _patch_after(module)
-        elif module not in _hooked:
+    _patch_imported()
+    for module in (*dict.fromkeys(patch.after for patch in PATCHES), *_OWN_MODULES):
+        if module not in _hooked:
             _hooked.add(module)
             # Outside of the lock: the thread that is importing the module would wait for it with its import lock held.
-            wrapt.register_post_import_hook(lambda imported: _patch_after(imported.__name__), module)
+            wrapt.register_post_import_hook(_patch_imported, module)
 
 
 def revert() -> None:
@@ -82,15 +88,27 @@ def in_force() -> Tuple[Patch, ...]:
     return tuple(patch for patch in PATCHES if patch in _originals)
 
 
-def _patch_after(module: str) -> None:
+def _patch_imported(imported: Optional[ModuleType] = None) -> None:
+    """Makes the patches whose modules are imported. `imported` is the one that was imported just now, if any."""
     with _lock:
         for patch in PATCHES:
-            if _is_wanted and patch.after == module and patch not in _originals:
-                class_name, attribute = patch.target.split('.')
-                owner = getattr(importlib.import_module(patch.module), class_name)
-                source, name = patch.source.split(':')
-                new = getattr(importlib.import_module(f'{__package__}.{source}'), name)
-                # From the class's own dict: an attribute's value would be bound, and could not be put back as it was.
-                original = vars(owner).get(attribute, _MISSING)
-                setattr(owner, attribute, staticmethod(new) if isinstance(original, staticmethod) else new)
-                _originals[patch] = owner, attribute, original
+            if not _is_wanted or patch in _originals or not _is_whole(patch.after, imported):
+                continue
+            if any(name in sys.modules and not _is_whole(name, imported) for name in _OWN_MODULES):
+                continue
+            class_name, attribute = patch.target.split('.')
+            owner = getattr(importlib.import_module(patch.module), class_name)
+            source, name = patch.source.split(':')
+            new = getattr(importlib.import_module(f'{__package__}.{source}'), name)
+            # From the class's own dict: an attribute's value would be bound, and could not be put back as it was.
+            original = vars(owner).get(attribute, _MISSING)
+            setattr(owner, attribute, staticmethod(new) if isinstance(original, staticmethod) else new)
+            _originals[patch] = owner, attribute, original
+
+
+def _is_whole(name: str, imported: Optional[ModuleType]) -> bool:
+    """Whether a module is imported to its end. Its own hook is called a moment before the import system says so."""
+    module = sys.modules.get(name)
+    if module is None:
+        return False
+    return module is imported or not getattr(module.__spec__, '_initializing', False)

@@ -2,7 +2,7 @@
 import ctypes
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
@@ -14,6 +14,8 @@ from .merging import COMBINATION_TYPES, MergeOptions, Source
 
 # Kinds of LoRA whose layers compute something else than scaling · B · A: a fused adapter keeps the kind it was made as.
 _VARIANTS = ('use_dora', 'alora_invocation_tokens', 'arrow_config', 'use_qalora')
+# Ways to initialise a LoRA that change the base layer's weight.
+_CHANGE_BASE = ('pissa', 'olora', 'corda', 'loftq')
 
 
 class LayerPlan(NamedTuple):
@@ -77,15 +79,16 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
     if combination.rank == 'max' and options.svd_rank:
         rank = options.svd_rank
 
-    config = _fused_config([adapters.configs[source] for source in sources], name, rank)
+    config = _fused_config([adapters.config(source) for source in sources], name, rank)
     layers = []
     for layer_name, layer in _reached(adapters, config, sources):
-        found = [(source, weight, adapters.factors(source, layer)) for source, weight in zip(sources, weights)]
-        merged = [(source, weight, pair) for source, weight, pair in found if pair is not None]
+        found = [(source, weight, adapters.source(source, layer_name, layer))
+                 for source, weight in zip(sources, weights)]
+        merged = [(source, weight, *there) for source, weight, there in found if there is not None]
         # Sources that were offloaded to the CPU are merged where the first one is.
         tensors = [
-            Source(pair.A.to(merged[0][2].A.device), pair.B.to(merged[0][2].A.device), weight, layer.scaling[source])
-            for source, weight, pair in merged
+            Source(pair.A.to(merged[0][2].A.device), pair.B.to(merged[0][2].A.device), weight, scaling)
+            for _, weight, pair, scaling in merged
         ]
         _check_layer(layer_name, layer, tensors, sources, name, options)
         is_transposed = bool(getattr(layer, 'fan_in_fan_out', False)) or len(layer.lora_embedding_A) > 0
@@ -141,7 +144,8 @@ def check_options(options: MergeOptions) -> None:
 
     name, rank = options.combination_type, options.svd_rank
     expect('combination_type', f'one of {list(COMBINATION_TYPES)}', isinstance(name, str) and name in COMBINATION_TYPES)
-    expect('svd_rank', 'a positive integer or None', rank is None or (type(rank) is int and rank >= 0))
+    expect('svd_rank', 'a positive integer or None', rank is None
+           or (isinstance(rank, Integral) and not isinstance(rank, bool) and rank >= 0))
     expect('svd_clamp', 'a quantile from 0 to 1 or None', options.svd_clamp is None or is_in(options.svd_clamp, 0, 1))
     expect('svd_driver', "'gesvd', 'gesvdj', 'gesvda' or None", options.svd_driver
            in (None, 'gesvd', 'gesvdj', 'gesvda'))
@@ -161,6 +165,10 @@ def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target:
         if target in layer.merged_adapters:
             raise ValueError(f'Adapter {target!r} is merged into the base weights of layer {name!r}: unmerge it before '
                              'refilling it.')
+        if layer.scaling.get(target) == 0:
+            raise ValueError(
+                f'Adapter {target!r} is expected to have a scaling in layer {name!r}, found 0: set it back '
+                'before refilling it.')
     for variant in _VARIANTS:
         new, old = (getattr(config, variant, None) for config in (plan.config, adapters.configs[target]))
         if new != old:
@@ -215,7 +223,7 @@ def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources
                          f"layer {name!r}: use 'cat' or 'svd'.")
     if rule == 'max' and groups(layer) > 1:
         raise ValueError(f'combination_type {combination_type!r} cannot merge layer {name!r}, a convolution in '
-                         f"{groups(layer)} groups: use 'linear', 'average' or 'cat'.")
+                         f"{groups(layer)} groups: use 'linear' or 'average'.")
     if rule == 'max' and options.svd_driver is not None and tensors[0].A.device.type != 'cuda':
         raise ValueError(f'svd_driver={options.svd_driver!r} is for CUDA, found layer {name!r} on '
                          f'{tensors[0].A.device}: leave it out.')
@@ -236,6 +244,9 @@ def _fused_config(configs: Sequence[LoraConfig], combination_type: str, rank: in
     if combination_type == 'average':
         # The scaling is the sources', however they came by it.
         changes['use_rslora'] = False
+    if str(configs[0].init_lora_weights).startswith(_CHANGE_BASE):
+        # Unlike PEFT, which changes the base weights again for an adapter whose values are then overwritten.
+        changes['init_lora_weights'] = True
     return replace(configs[0], target_modules=target_modules, **changes)
 
 
@@ -248,5 +259,5 @@ def _reached(adapters: Adapters, config: LoraConfig, sources: Sequence[str]) -> 
         if is_restricted:
             if check_target_module_exists(config, name):
                 yield name, layer
-        elif any(factors(layer, source) for source in sources):
+        elif any(adapters.has_layer(source, name, layer) for source in sources):
             yield name, layer

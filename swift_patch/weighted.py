@@ -7,13 +7,15 @@ import math
 import torch
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
+from peft.tuners.lora import LoraConfig
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from typing import Any, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
 from .adapters import Adapters
 from .growth import describe, grow
-from .lora_index import Factors, LoraIndex, factors, padded
+from .lora_index import Factors, LoraIndex, adapter_containers, factors, padded, rescaled
 from .merging import COMBINATION_TYPES, MergeOptions, reference_scaling
 from .plan import Plan, check_sources, check_target, plan_merge
 
@@ -67,13 +69,15 @@ def add_weighted_adapter(
     options = MergeOptions(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
                            majority_sign_method)
     loaded = Adapters.of(self)
-    with _plain_tensors(), _on_device(loaded, adapters), ExitStack() as undo:
+    with ExitStack() as undo, plain_tensors(loaded), on_device(loaded, adapters):
         plan = plan_merge(loaded, adapters, weights, options)
         for parameter in self.model.parameters():
             # PEFT freezes and unfreezes adapters when it adds or removes one.
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
         self.peft_config[adapter_name] = plan.config
-        undo.callback(_remove, self, adapter_name, list(self.targeted_module_names))
+        undo.callback(setattr, self, 'targeted_module_names', list(self.targeted_module_names))
+        undo.callback(self.peft_config.pop, adapter_name)
+        undo.callback(remove_adapter, self.model, adapter_name)
         self.inject_adapter(self.model, adapter_name)
         for name, parameter in self.model.named_parameters():
             if adapter_name in name.split('.'):
@@ -92,8 +96,76 @@ def add_weighted_adapter(
                     parameter.data = parameter.data.to(value.dtype)
         describe(loaded, adapter_name, plan.config, plan.rank)
         _write(loaded, adapter_name, merged, undo)
-        loaded.remember(adapter_name, options, plan.rank)
+        loaded.remember(adapter_name, options, plan.config, _fresh_layers(plan, merged))
         undo.pop_all()
+
+
+def swift_add_weighted_adapter(
+    self: Any,
+    adapters: List[str],
+    weights: List[float],
+    adapter_name: str,
+    combination_type: str = 'svd',
+    svd_rank: Optional[int] = None,
+    svd_clamp: Optional[float] = None,
+    svd_full_matrices: bool = True,
+    svd_driver: Optional[str] = None,
+    density: Optional[float] = None,
+    majority_sign_method: Literal['total', 'frequency'] = 'total',
+) -> None:
+    if adapter_name in self.adapters:
+        self.set_active_adapters(adapter_name)
+        return
+    with ExitStack() as undo:
+        new_swift_adapter(
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type=combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_full_matrices=svd_full_matrices,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method)
+        undo.callback(remove_adapter, self.model, adapter_name)
+        undo.callback(self.adapters.pop, adapter_name)
+        self.set_active_adapters(adapter_name)
+        undo.pop_all()
+
+
+swift_add_weighted_adapter.__doc__ = (add_weighted_adapter.__doc__
+                                      or '').replace("Like PEFT's `LoraModel.add_weighted_adapter`, with",
+                                                     'It becomes the only active adapter. Like stock, with')
+
+
+def new_swift_adapter(model: Any, adapters: List[str], weights: List[float], adapter_name: str, **options: Any) -> None:
+    """Adds a fused adapter to a `SwiftModel` and leaves the active adapters as they are.
+
+    Args:
+        model: The `SwiftModel`, which has no adapter of that name.
+        adapters: See `add_weighted_adapter`.
+        weights: See `add_weighted_adapter`.
+        adapter_name: See `add_weighted_adapter`.
+        **options: The other arguments of `add_weighted_adapter`.
+    """
+    # PEFT alone shall not need ms-swift.
+    from swift.tuners.lora_layers import LoraModel, lora_state_dict, mark_lora_as_trainable
+    from swift.tuners.utils import SwiftOutput
+
+    loaded = Adapters.of(model)
+    lora_model = LoraModel(model.model, None, '')
+    lora_model.peft_config = dict(loaded.configs)
+    lora_model.targeted_module_names = [name for name, _ in loaded.layers()]
+    lora_model.active_adapter = {name for name in model.active_adapters if isinstance(loaded.configs[name], LoraConfig)}
+    lora_model.add_weighted_adapter(adapters, weights, adapter_name, **options)
+    config = lora_model.peft_config[adapter_name]
+    config.has_additional_modules = True
+    model.adapters[adapter_name] = SwiftOutput(
+        config=config,
+        state_dict_callback=partial(lora_state_dict, bias=config.bias),
+        mark_trainable_callback=partial(mark_lora_as_trainable, adapter_name=adapter_name, bias=config.bias))
 
 
 def update_weighted_adapter(
@@ -125,8 +197,8 @@ def update_weighted_adapter(
             or `average`: A = Σ wⱼAⱼ, B = Σ wⱼBⱼ (the fusion of LoraRetriever, arXiv:2402.09997, §4.2.2, with
             wⱼ = 1/k). The sources' scaling s is kept: the delta is s · B · A. Where scalings differ, Aⱼ and Bⱼ are
             multiplied by √sⱼ first and s is 1, so that each source keeps its own delta wⱼ²sⱼBⱼAⱼ. By default the
-            type, with its options, that the adapter was made or last filled with; options that are given besides
-            replace those.
+            type, with its options, that the adapter was made or last filled with; options that are given besides,
+            and are not their defaults, replace those.
         svd_rank: Rank of the result for the types that end in `svd`; by default the largest of the sources' ranks.
         svd_clamp: A quantile in [0, 1], to clamp the factors of an `svd` with.
         svd_full_matrices: Passed on to `torch.linalg.svd` where a clamp could see the difference.
@@ -142,29 +214,50 @@ def update_weighted_adapter(
     loaded = Adapters.of(self)
     record = loaded.record(adapter_name)
     adapters, weights = check_sources(adapters, weights)
-    options = MergeOptions(combination_type or record.options.combination_type, svd_rank, svd_clamp, svd_full_matrices,
-                           svd_driver, density, majority_sign_method)
+    options = MergeOptions(MergeOptions.combination_type if combination_type is None else combination_type, svd_rank,
+                           svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
     if combination_type is None:
-        given = {item.name: getattr(options, item.name) for item in fields(options)}
-        options = replace(
-            record.options,
-            **{item.name: given[item.name]
-               for item in fields(options) if given[item.name] != item.default})
-    with _plain_tensors(), _on_device(loaded, (*adapters, adapter_name)), ExitStack() as undo:
+        changed = [item.name for item in fields(options) if getattr(options, item.name) != item.default]
+        options = replace(record.options, **{name: getattr(options, name) for name in changed})
+    with ExitStack() as undo, plain_tensors(loaded), on_device(loaded, (*adapters, adapter_name)):
         plan = plan_merge(loaded, adapters, weights, options)
         check_target(loaded, plan, adapters, adapter_name)
         merged = _merge(plan)
-        rank = max(new.A.shape[0] for _, new in merged.values())
+        layers = _fresh_layers(plan, merged)
+        rank = max(rank for rank, _ in layers.values())
         grow(loaded, adapter_name, rank, {item.name: item.like for item in plan.layers}, undo)
         _write(loaded, adapter_name, merged, undo)
-        loaded.remember(adapter_name, options, plan.rank)
+        loaded.remember(adapter_name, options, plan.config, layers)
+        undo.pop_all()
+
+
+def reserve_weighted_adapter(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) -> None:
+    """Makes a fused adapter large enough for what is to come. What it computes stays the same.
+
+    Args:
+        adapters: The adapters of the model.
+        name: The fused adapter.
+        rank: The rank that it shall have at least.
+        sources: The adapters whose layers it shall have.
+    """
+    likes: Dict[str, str] = {}
+    for source in sources:
+        likes.update((layer_name, source) for layer_name, layer in adapters.layers() if factors(layer, source))
+    with ExitStack() as undo, plain_tensors(adapters), on_device(adapters, [name]):
+        grow(adapters, name, rank, likes, undo)
         undo.pop_all()
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Within it, new tensors need no gradient and can be written to later, in inference mode and outside of it."""
-    with torch.inference_mode(False), torch.no_grad():
+def plain_tensors(adapters: Adapters) -> Iterator[None]:
+    """Within it, new tensors have the dtype that is asked for, need no gradient, and can be written to later."""
+    devices = {'cpu', *(parameter.device.type for parameter in adapters.model.parameters())} - {'meta'}
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        # Parameters that were made in inference mode could not be written to outside of it.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
         yield
 
 
@@ -182,6 +275,12 @@ def _merge(plan: Plan) -> Dict[str, Tuple[float, Factors]]:
     return merged
 
 
+def _fresh_layers(plan: Plan, merged: Mapping[str, Tuple[float, Factors]]) -> Dict[str, Tuple[int, float]]:
+    """Returns the rank and the scaling that a new adapter would have in each layer."""
+    is_same = COMBINATION_TYPES[plan.combination_type].rank == 'same'
+    return {name: (new.A.shape[0] if is_same else plan.rank, scaling) for name, (scaling, new) in merged.items()}
+
+
 def _write(adapters: Adapters, adapter_name: str, merged: Mapping[str, Tuple[float, Factors]], undo: ExitStack) -> None:
     """Writes `merged` into `adapter_name`, and zeros into its other layers."""
     writes: List[Tuple[Tensor, Optional[Tensor]]] = []
@@ -191,12 +290,14 @@ def _write(adapters: Adapters, adapter_name: str, merged: Mapping[str, Tuple[flo
             continue
         if name in merged:
             scaling, new = merged[name]
-            # The layer multiplies by its own scaling, a constant of compiled graphs: what differs goes into B.
-            ratio = scaling / layer.scaling[adapter_name]
-            new = padded(layer, new if ratio == 1 else Factors(new.A, new.B * ratio), slot)
-            writes.extend(zip(slot, new))
+            # The layer multiplies by its own scaling, a constant of compiled graphs: what differs goes into A and B.
+            new = rescaled(new, scaling / layer.scaling[adapter_name])
+            writes.extend(zip(slot, padded(layer, new, slot)))
         else:
             writes.extend((parameter, None) for parameter in slot)
+        if layer.lora_bias.get(adapter_name):
+            # It has one where the first source has, and it is never merged.
+            writes.append((layer.lora_B[adapter_name].bias, None))
     with torch.inference_mode(any(parameter.is_inference() for parameter, _ in writes)), torch.no_grad():
         for parameter, value in writes:
             undo.callback(parameter.data.copy_, parameter.clone())
@@ -206,13 +307,15 @@ def _write(adapters: Adapters, adapter_name: str, merged: Mapping[str, Tuple[flo
                 parameter.copy_(value)
 
 
-def _remove(model: Any, adapter_name: str, targeted_module_names: List[str]) -> None:
-    """Takes a new adapter, or what there is of it, out of a `LoraModel`."""
-    del model.peft_config[adapter_name]
-    model.targeted_module_names[:] = targeted_module_names
-    index = LoraIndex.of(model.model)
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Takes a new adapter, or what there is of it, out of the layers of a model."""
+    index = LoraIndex.of(model)
     for _, layer in index.layers():
-        layer.delete_adapter(adapter_name)
+        for container in adapter_containers(layer).values():
+            if adapter_name in container:
+                del container[adapter_name]
+        for states in getattr(layer, '_thread_inf', {}).values():
+            states.pop(adapter_name, None)
     for _, wrapper in index.of_type(ModulesToSaveWrapper):
         if adapter_name in wrapper.modules_to_save:
             del wrapper.modules_to_save[adapter_name]
@@ -220,7 +323,7 @@ def _remove(model: Any, adapter_name: str, targeted_module_names: List[str]) -> 
 
 
 @contextmanager
-def _on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[None]:
+def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[None]:
     """Loads those of the adapters that were offloaded to the meta device, and puts them back at the end."""
     offloaded = []
     for layer_name, layer in adapters.layers():

@@ -229,8 +229,12 @@ def test_a_model_without_adapters_or_patch_is_refused():
     with pytest.raises(TypeError, match='Qwen2ForCausalLM'):
         FusionComposer(qwen2())
     model = swift_model(loras())
-    with stock(), pytest.raises(TypeError, match='apply'):
-        FusionComposer(model)
+    composer = FusionComposer(model)
+    with stock():
+        with pytest.raises(RuntimeError, match='apply'):
+            FusionComposer(model)
+        with pytest.raises(RuntimeError, match='apply'):
+            composer.compose(['l0'])
 
 
 def test_a_compiled_model_can_be_composed_on():
@@ -269,3 +273,102 @@ def test_a_dropped_model_is_collected():
 
 def test_it_is_a_public_name():
     assert swift_patch.FusionComposer is FusionComposer
+
+
+@pytest.mark.parametrize('merge_method', ['mixture', 'selection'])
+def test_mixture_and_selection_mean_the_outputs_also_with_rslora(build, merge_method):
+    model = build(use_rslora=True, r=[4, 4, 4, 4])
+    FusionComposer(model, merge_method).compose({'l0': 0.7, 'l2': 0.3})
+    for name, delta in deltas(model, 'fused').items():
+        l0, l2 = deltas(model, 'l0')[name], deltas(model, 'l2')[name]
+        expected = l0 if merge_method == 'selection' else 0.7 * l0 + 0.3 * l2
+        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_adapter_that_was_written_through_data_is_noticed(model):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        layer.lora_A['l0'].weight.data.copy_(layer.lora_A['l3'].weight)
+        layer.lora_B['l0'].weight.data.copy_(layer.lora_B['l3'].weight)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        torch.testing.assert_close(layer.lora_A['fused'].weight,
+                                   (layer.lora_A['l3'].weight + layer.lora_A['l1'].weight) / 2)
+
+
+def test_what_a_block_holds_cannot_be_replaced_inside_of_it(model):
+    composer = FusionComposer(model)
+    with composer.fused(['l0', 'l1']):
+        expected = outputs(model)
+        with composer.fused(['l0', 'l1']):
+            pass
+        with pytest.raises(RuntimeError, match='l0.*l1'):
+            composer.compose(['l2', 'l3'])
+        with pytest.raises(RuntimeError), FusionComposer(model, adapter_name='other').fused(['l2']):
+            pass
+        assert torch.equal(outputs(model), expected)
+    composer.compose(['l2', 'l3'])
+
+
+def test_a_model_with_an_adapter_merged_into_the_base_weights_is_refused(model):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        layer.merge(adapter_names=['l3'])
+    with pytest.raises(ValueError, match='unmerge'):
+        composer.compose(['l0', 'l1'])
+
+
+def test_a_first_composition_that_cannot_be_activated_leaves_no_adapter(model, monkeypatch):
+    composer = FusionComposer(model)
+    monkeypatch.setattr(FusionComposer, '_activate', lambda self: {}['interrupted'])
+    with pytest.raises(KeyError):
+        composer.compose(['l0', 'l1'])
+    monkeypatch.undo()
+    assert not [name for name in state(model) if 'fused' in name]
+    composer.compose(['l0', 'l1'])
+    assert active(model) == ['fused']
+
+
+def test_reserving_with_an_offloaded_fused_adapter_keeps_it(monkeypatch):
+    model = swift_model(loras())
+    composer = FusionComposer(model, 'mixture')
+    composer.compose(['l0', 'l1'])
+    expected = outputs(model)
+    model.set_active_adapters('l3', offload='meta')
+    composer.reserve(max_sources=3)
+    model.set_active_adapters('fused')
+    torch.testing.assert_close(outputs(model), expected)
+
+
+def test_reserving_leaves_layers_that_were_switched_directly(monkeypatch):
+    model = swift_model(loras())
+    model.set_active_adapters('l1')
+    list(layers(model).values())[2].set_activation('l2', True)
+    before = [layer.active_adapters for layer in layers(model).values()]
+    FusionComposer(model).reserve()
+    assert [layer.active_adapters for layer in layers(model).values()] == before
+
+
+def test_reserving_for_svd_covers_a_single_source_too(model, caplog):
+    composer = FusionComposer(model, combination_type='svd', svd_rank=2)
+    composer.reserve()
+    caplog.clear()
+    composer.compose(['l0', 'l1'])
+    composer.compose(['l2'])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('arguments, error', [
+    (dict(adapters=['l0', 'nobody']), ValueError),
+    (dict(adapters='l0'), TypeError),
+    (dict(adapters=[]), ValueError),
+    (dict(max_sources=0), ValueError),
+    (dict(max_sources='x'), ValueError),
+])
+def test_bad_arguments_to_reserve_are_refused_and_change_nothing(model, arguments, error):
+    before = state(model)
+    with pytest.raises(error):
+        FusionComposer(model).reserve(**arguments)
+    assert_same_state(state(model), before)

@@ -14,8 +14,8 @@ def test_a_layer_that_the_adapter_lacks_is_added_and_logged_once(caplog):
     with caplog.at_level(logging.WARNING, 'swift_patch'):
         update(model, ['l0', 'l1'], [0.5, 0.5], 'linear')
     assert [record.message for record in caplog.records] == [
-        "Adapter 'fused' grows from rank 4 to 4 and by 12 layers: its parameters there are new objects, which compiled "
-        'or captured graphs do not know.'
+        "Adapter 'fused' grows, rank 4 -> 4, layers 2 -> 14: its parameters there are new objects, which compiled or "
+        'captured graphs do not know.'
     ]
     assert_as_fresh(model, ['l0', 'l1'], [0.5, 0.5], 'linear')
 

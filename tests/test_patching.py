@@ -128,3 +128,9 @@ def test_every_replacement_takes_the_arguments_of_what_it_replaces():
         assert [parameter.name for parameter in new] == [parameter.name for parameter in old]
         if attribute != 'update_weighted_adapter':
             assert [parameter.default for parameter in new] == [parameter.default for parameter in old]
+
+
+@pytest.mark.parametrize('module', ['activation', 'adapters', 'compat', 'composer', 'lora_index', 'plan', 'weighted'])
+def test_it_is_in_force_whichever_of_its_modules_is_imported_first(module):
+    report = run(f'import swift_patch.{module}\nimport swift.tuners.base')
+    assert report['in force'] == report['all']

@@ -110,3 +110,23 @@ def test_a_new_adapter_that_took_the_name_of_a_deleted_fused_one_is_never_overwr
     ids=lambda weights: type(weights).__name__)
 def test_weights_may_be_any_list_of_numbers(weights):
     assert check_sources(['a', 'b'], weights) == (['a', 'b'], [1.0, 0.5])
+
+
+def test_a_scaling_of_zero_is_refused(model):
+    add(model)
+    list(layers(model).values())[0].scaling['fused'] = 0.0
+    with pytest.raises(ValueError, match='scaling'):
+        update(model)
+
+
+@pytest.mark.parametrize('combination_type', ['', 0, False, []])
+def test_only_none_means_the_last_type(model, combination_type):
+    add(model)
+    with pytest.raises(ValueError, match='combination_type'):
+        update(model, combination_type=combination_type)
+
+
+@pytest.mark.parametrize('name, error', [('', ValueError), ('a.b', ValueError), (None, TypeError), (3, TypeError)])
+def test_a_name_that_no_adapter_can_have_is_refused(model, name, error):
+    with pytest.raises(error, match='adapter_name'):
+        model.add_weighted_adapter(['l0', 'l1'], [1.0, 1.0], name, 'linear')

@@ -5,9 +5,9 @@ import torch
 import torch._dynamo.testing
 from models import (PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, activate, add, assert_as_fresh, assert_close_deltas,
                     assert_same_state, config, deltas, fresh, layers, loras, outputs, peft_model, qwen2,
-                    reproducible_masks, state, swift_model, update)
+                    reproducible_masks, state, stock, swift_model, update)
 from peft import LoraConfig
-from swift.tuners import LoRAConfig, SwiftModel
+from swift.tuners import LoRAConfig, NEFTuneConfig, SwiftModel
 
 from swift_patch import merging
 
@@ -336,3 +336,80 @@ def test_updates_do_not_make_a_compiled_model_compile_again():
         update(model, [f'l{i % 3}', f'l{(i + 1) % 3}'], [0.1 * i, 1.0])
         torch.testing.assert_close(outputs(compiled), outputs(model), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == frames > 0
+
+
+@pytest.mark.parametrize('combination_type', PEFT_TYPES)
+@pytest.mark.parametrize('first', ['average', 'rslora', 'pattern'])
+def test_a_refilled_adapter_is_a_source_like_a_new_one(build, first, combination_type):
+    model = build(
+        use_rslora=[first == 'rslora', False],
+        rank_pattern=[{}, {
+            'q_proj': 2
+        } if first == 'pattern' else {}, {}, {
+            'q_proj': 2
+        } if first == 'pattern' else {}])
+    add(model, ['l0', 'l2'], combination_type='average' if first == 'average' else 'linear', name='inner')
+    update(model, ['l1', 'l3'], [0.7, 0.4], 'linear', name='inner')
+    options = PEFT_TYPES[combination_type]
+    others = ['l1'] if first == 'pattern' else ['l2']
+    add(model)
+    update(model, ['inner', *others], [0.5, 0.6], combination_type, **options)
+    with stock():
+        oracle = copy.deepcopy(model)
+        oracle.add_weighted_adapter(['l1', 'l3'], [0.7, 0.4], 'new inner', 'linear')
+        with reproducible_masks():
+            oracle.add_weighted_adapter(['new inner', *others], [0.5, 0.6], 'oracle', combination_type, **options)
+    assert_close_deltas(model, 'fused', oracle)
+
+
+def test_autocast_changes_neither_the_dtype_nor_the_values(model):
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        add(model, combination_type='svd')
+        update(model, combination_type='svd')
+    assert_as_fresh(model, SOURCES, WEIGHTS, 'svd')
+
+
+def test_a_bias_of_the_fused_adapter_is_zeroed():
+    model = peft_model(loras(cls=LoraConfig, lora_bias=True, target_modules=['q_proj']))
+    add(model)
+    for layer in layers(model).values():
+        torch.nn.init.ones_(layer.lora_B['fused'].bias)
+    update(model)
+    assert_as_fresh(model, SOURCES, WEIGHTS, 'linear')
+
+
+@pytest.mark.parametrize('init', ['pissa', 'olora'])
+def test_adding_never_changes_the_base_weights(init):
+    model = peft_model(loras(cls=LoraConfig, init_lora_weights=init))
+    before = [layer.get_base_layer().weight.clone() for layer in layers(model).values()]
+    add(model)
+    assert all(map(torch.equal, before, [layer.get_base_layer().weight for layer in layers(model).values()]))
+
+
+def test_a_swift_add_that_cannot_be_activated_leaves_no_adapter(monkeypatch):
+    model = swift_model(loras())
+    before = state(model)
+    monkeypatch.setattr(SwiftModel, 'set_active_adapters', None)
+    with pytest.raises(TypeError):
+        model.add_weighted_adapter(SOURCES, WEIGHTS, 'fused', 'linear')
+    monkeypatch.undo()
+    assert 'fused' not in model.adapters
+    assert state(model).keys() == before.keys()
+
+
+def test_adding_works_beside_tuners_that_are_not_lora():
+    model = swift_model({**loras(2), 'noise': NEFTuneConfig()})
+    add(model, ['l0', 'l1'], [0.5, 0.5])
+    assert model.active_adapters == {'fused'}
+
+
+def test_what_ms_swift_saves_of_a_fused_adapter_is_what_it_saves_of_stocks(tmp_path):
+    model = swift_model(loras())
+    add(model)
+    with stock():
+        oracle = swift_model(loras())
+        oracle.add_weighted_adapter(['l3', 'l1'], [0.4, -0.7], 'fused', 'linear')
+    saved = [each.state_dict(adapter_name='fused') for each in (model, oracle)]
+    assert saved[0].keys() == saved[1].keys() and len(saved[0]) == 28
+    for key, value in saved[0].items():
+        torch.testing.assert_close(value, saved[1][key])

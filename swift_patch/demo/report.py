@@ -24,17 +24,17 @@ def latency_table(stock: Answers, patch: Answers) -> Table:
     for column in ('stock', 'patch', 'stock / patch'):
         table.add_column(column, justify='right')
     total = len(patch.seconds)
-    for number in sorted({1, 2, 5, *range(10, total + 1, 10), len(stock.seconds), total}):
+    for number in sorted({1, 2, 5, *range(10, total, 10), len(stock.seconds), total} & set(range(1, total + 1))):
         ours = patch.seconds[number - 1]
         if number <= len(stock.seconds):
             theirs = stock.seconds[number - 1]
-            table.add_row(str(number), f'{theirs:.3f}', f'{ours:.4f}', f'{theirs / ours:.0f}')
+            table.add_row(str(number), f'{theirs:.3f}', f'{ours:.4f}', f'{theirs / ours:.0f}×')
         else:
             table.add_row(str(number), '(cut)', f'{ours:.4f}', '')
     both = len(stock.seconds)
     theirs, ours = sum(stock.seconds), sum(patch.seconds[:both])
     table.add_section()
-    table.add_row(f'sum of 1-{both}', f'{theirs:.1f}', f'{ours:.3f}', f'{theirs / ours:.0f}')
+    table.add_row(f'sum of 1-{both}', f'{theirs:.1f}', f'{ours:.3f}', f'{theirs / ours:.0f}×')
     return table
 
 
@@ -54,7 +54,7 @@ def draw_latency(stock: Answers, patch: Answers, path: Path) -> None:
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
     for answers, label, color in ((stock, 'stock: add_weighted_adapter per sample', '#c0392b'),
@@ -63,21 +63,22 @@ def draw_latency(stock: Answers, patch: Answers, path: Path) -> None:
         axes.plot(numbers, answers.seconds, marker='o', markersize=3, linewidth=1.2, color=color, label=label)
     last, median = len(stock.seconds), statistics.median(patch.seconds)
     axes.annotate(
-        f'{stock.seconds[-1]:.1f} s', (last, stock.seconds[-1]), (6, 0),
+        f'{stock.seconds[-1]:.2g} s', (last, stock.seconds[-1]), (6, 0),
         textcoords='offset points',
         color='#c0392b',
         va='center')
     axes.annotate(
-        f'{median * 1e3:.1f} ms', (len(patch.seconds), median), (6, 0),
+        f'{median:.2g} s', (len(patch.seconds), median), (6, 0),
         textcoords='offset points',
         color='#2471a3',
         va='center')
     axes.set_yscale('log')
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     axes.set(xlabel='sample', ylabel='seconds composing', xlim=(0, len(patch.seconds) * 1.1))
-    axes.set_title('Composing 3 of 14 LoRAs, sample after sample')
+    axes.set_title(f'Composing 3 of 14 LoRAs ({COMPARED_TYPE}), sample after sample')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(loc='center right')
+    axes.legend(loc='center right', framealpha=1)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -4,6 +4,7 @@ import pytest
 from pathlib import Path
 from rich.console import Console
 
+from swift_patch.cli import main
 from swift_patch.demo import compare, report
 from swift_patch.demo.tasks import TASK_NAMES, build_tasks, exact_match, mixed_samples, write_jsonl
 from swift_patch.demo.tiny_model import build_tiny_qwen2
@@ -73,3 +74,17 @@ def test_answers_are_scored_by_exact_match():
     assert exact_match(['A1 ', 'B2'], ['A1', 'B3']) == 0.5
     with pytest.raises(ValueError):
         exact_match(['A1'], [])
+
+
+@pytest.mark.parametrize('count, cut', [(1, 1), (3, 2), (4, 1), (12, 12)])
+def test_the_table_fits_any_number_of_samples(count, cut):
+    patch, stock = compare.Answers([''] * count, [0.001] * count), compare.Answers([''] * cut, [0.5] * cut)
+    assert report.latency_table(stock, patch).row_count >= 2
+
+
+def test_an_output_folder_that_cannot_be_made_is_told(tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    assert main(['demo', '--output_dir', str(tmp_path / 'file')]) == 2
+    assert main(['demo', '--samples', '0']) == 2
+    err = capsys.readouterr().err
+    assert '--output_dir' in err and '--samples' in err and 'Traceback' not in err
