@@ -17,12 +17,19 @@ def main(argv: Optional[List[str]] = None) -> int:
         The exit code: 0, or 2 after a user's mistake, which is told on stderr.
     """
     parser = argparse.ArgumentParser(
-        prog='swift-patch', description='Fuse LoRAs per sample at a flat cost.', formatter_class=RichHelpFormatter)
+        prog='swift-patch',
+        description='Fuse LoRAs per sample at a flat cost.',
+        formatter_class=RichHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument('--version', action='version', version=f'swift-patch {swift_patch.__version__}')
-    subparsers = parser.add_subparsers(required=True, metavar='COMMAND')
+    subparsers = parser.add_subparsers(required=True, dest='command', metavar='COMMAND')
     for command in (infer, demo, doctor):
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         subparser.formatter_class = RichHelpFormatter
-    args = parser.parse_args(argv)
+        subparser.allow_abbrev = False
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # Not by `parse_args`, which would show the usage of `swift-patch` itself.
+        subparsers.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
     return args.run(args)

@@ -1,7 +1,8 @@
 """`swift-patch infer`: named and behaving like `swift infer`, with a composition of adapters for each sample."""
 import argparse
+import math
 import sys
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Union
 
 if TYPE_CHECKING:
     from swift_patch.inference.run import InferSummary
@@ -11,6 +12,9 @@ SWIFT_OPTIONS = ('model', 'model_type', 'model_revision', 'use_hf', 'torch_dtype
                  'template', 'system', 'max_length', 'truncation_strategy', 'response_prefix', 'enable_thinking',
                  'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'num_beams', 'stop_words',
                  'logprobs', 'top_logprobs', 'seed')
+# The keys of `swift_patch.merging.COMBINATION_TYPES`, which would import torch.
+COMBINATION_TYPES = ('linear', 'average', 'cat', 'svd', 'ties', 'ties_svd', 'dare_linear', 'dare_ties',
+                     'dare_linear_svd', 'dare_ties_svd', 'magnitude_prune', 'magnitude_prune_svd')
 COMPOSER_OPTIONS = ('combination_type', 'density', 'svd_rank', 'majority_sign_method')
 
 
@@ -42,9 +46,15 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         choices=('fusion', 'mixture', 'selection'),
         default='fusion',
         help='average parameters, average outputs, or take the heaviest adapter alone (default: %(default)s)')
-    group.add_argument('--combination_type', help="how fusion merges: one of PEFT's combination types")
-    group.add_argument('--density', type=float, help='the share of values that pruning combination types keep')
-    group.add_argument('--svd_rank', type=int, help='the rank of the fused adapter for svd combination types')
+    group.add_argument(
+        '--combination_type',
+        choices=COMBINATION_TYPES,
+        metavar='TYPE',
+        help="how fusion merges: one of PEFT's combination types (%(choices)s)")
+    group.add_argument(
+        '--density', type=_number(float, 0, 1), help='the share of values that pruning combination types keep')
+    group.add_argument(
+        '--svd_rank', type=_number(int, 1), help='the rank of the fused adapter for svd combination types')
     group.add_argument(
         '--majority_sign_method', choices=('total', 'frequency'), help='how ties combination types elect signs')
 
@@ -65,19 +75,22 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group = parser.add_argument_group('template')
     group.add_argument('--template', help="ms-swift's dialogue template")
     group.add_argument('--system', help='the system prompt, or a .txt file with it')
-    group.add_argument('--max_length', type=int, help='the largest number of tokens of a prompt')
+    group.add_argument('--max_length', type=_number(int, 1), help='the largest number of tokens of a prompt')
     group.add_argument(
         '--truncation_strategy', choices=('delete', 'left', 'right'), help='what to do with a prompt that is longer')
     group.add_argument('--response_prefix', help='what every response starts with')
     _add_bool(group, '--enable_thinking', help='turn the thinking mode on or off')
 
     group = parser.add_argument_group('generation')
-    group.add_argument('--max_new_tokens', type=int, help='the largest number of tokens of a response')
-    group.add_argument('--temperature', type=float, help='the sampling temperature; 0 takes the likeliest token')
-    group.add_argument('--top_k', type=int, help='sample from the k likeliest tokens')
-    group.add_argument('--top_p', type=float, help='sample from the likeliest tokens with this probability in sum')
+    group.add_argument('--max_new_tokens', type=_number(int, 1), help='the largest number of tokens of a response')
+    group.add_argument(
+        '--temperature', type=_number(float, 0), help='the sampling temperature; 0 takes the likeliest token')
+    group.add_argument(
+        '--top_k', type=_number(int, -1), help='sample from the k likeliest tokens; 0 or -1 is all of them')
+    group.add_argument(
+        '--top_p', type=_number(float, 0, 1), help='sample from the likeliest tokens with this probability in sum')
     group.add_argument('--repetition_penalty', type=float, help='the penalty for repeated tokens; 1 is none')
-    group.add_argument('--num_beams', type=int, help='the number of beams; 1 is no beam search')
+    group.add_argument('--num_beams', type=_number(int, 1), help='the number of beams; 1 is no beam search')
     group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
     _add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
     group.add_argument('--top_logprobs', type=int, help='how many log probabilities for each position')
@@ -106,18 +119,27 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as e:
         print(f'swift-patch infer: error: {e}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f'swift-patch infer: interrupted; --resume goes on with {args.result_path}', file=sys.stderr)
+    except KeyboardInterrupt as e:
+        # `run_infer` tells how to go on, once there is something to go on with.
+        print(f'swift-patch infer: interrupted{"; " if e.args else ""}{e}', file=sys.stderr)
         return 130
     _print_summary(summary, args.result_path)
     return 0
 
 
 def _print_summary(summary: 'InferSummary', result_path: str) -> None:
-    resumed = f' ({summary.resumed} were finished before)' if summary.resumed else ''
-    print(f'{summary.samples} samples{resumed}, {summary.samples_per_second:.2f} samples/s: '
-          f'{summary.seconds_composing:.2f} s composing, {summary.seconds_generating:.2f} s generating')
+    if summary.samples:
+        resumed = f' ({summary.resumed} finished before)' if summary.resumed else ''
+        print(f'{_samples(summary.samples)}{resumed}, {summary.samples_per_second:.2f} samples/s: '
+              f'{summary.seconds_composing:.2f} s composing, {summary.seconds_generating:.2f} s generating')
+    else:
+        finished = 'the only sample is' if summary.resumed == 1 else f'all {summary.resumed} samples are'
+        print(f'nothing left to do: {finished} finished')
     print(f'results: {result_path}')
+
+
+def _samples(count: int) -> str:
+    return f'{count} sample' if count == 1 else f'{count} samples'
 
 
 def _given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
@@ -127,6 +149,25 @@ def _given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
 def _add_bool(group: argparse._ArgumentGroup, name: str, *, help: str) -> None:
     """Add a switch in ms-swift's manner: `--name`, `--name true` or `--name false`."""
     group.add_argument(name, type=_bool, nargs='?', const=True, metavar='BOOL', help=help)
+
+
+def _number(kind: Callable[[str], Union[int, float]],
+            low: int,
+            high: float = math.inf) -> Callable[[str], Union[int, float]]:
+    """Make a type for argparse that takes finite numbers from `low` to `high`."""
+    expected = f'{"an integer" if kind is int else "a number"} ' + (f'of at least {low}'
+                                                                    if high == math.inf else f'from {low} to {high}')
+
+    def number(text: str) -> Union[int, float]:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f'must be {expected}, got {text!r}')
+        return value
+
+    return number
 
 
 def _bool(text: str) -> bool:

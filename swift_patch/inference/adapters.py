@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG_NAME = 'adapter_config.json'
+ARGS_NAME = 'args.json'
 WEIGHTS_NAMES = ('adapter_model.safetensors', 'adapter_model.bin')
 EXTRA_STATES = 'extra_states'
 
@@ -65,6 +66,11 @@ class AdapterCheckpoint:
 
     def __str__(self) -> str:
         return f'adapter {self.name!r} ({self.path})'
+
+    @property
+    def has_args(self) -> bool:
+        """Whether there is an args.json, from which ms-swift takes what a user does not give."""
+        return (self.path / ARGS_NAME).is_file()
 
     @property
     def weights_file(self) -> Path:
@@ -127,6 +133,8 @@ def find_checkpoints(adapters: Mapping[str, Union[str, Path]]) -> List[AdapterCh
     for name, path in adapters.items():
         try:
             checkpoint = _find_checkpoint(name, Path(path))
+            if checkpoint.has_args:
+                _read_object(f'{checkpoint}:', checkpoint.path / ARGS_NAME)
             _check_config(checkpoint)
             _lora_shapes(checkpoint)
         except ValueError as e:
@@ -236,7 +244,7 @@ def _find_checkpoint(name: str, path: Path) -> AdapterCheckpoint:
     if not path.exists():
         raise ValueError(f'{prefix} the path does not exist.')
     if not path.is_dir():
-        raise ValueError(f'{prefix} this is a file; give the folder {path.parent}.')
+        raise ValueError(f'{prefix} this is a file; give the folder {str(path.parent)!r}.')
     if (path / CONFIG_NAME).is_file():
         config = _read_config(prefix, path)
         return AdapterCheckpoint(name, path, path, 'swift_type' in config, config)
@@ -264,14 +272,17 @@ def _find_checkpoint(name: str, path: Path) -> AdapterCheckpoint:
 
 
 def _read_config(prefix: str, folder: Path) -> Dict[str, Any]:
-    file = folder / CONFIG_NAME
+    return _read_object(prefix, folder / CONFIG_NAME)
+
+
+def _read_object(prefix: str, file: Path) -> Dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding='utf-8'))
+        data = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
         raise ValueError(f'{prefix} cannot read {file}: {e}') from e
-    if not isinstance(config, dict):
+    if not isinstance(data, dict):
         raise ValueError(f'{prefix} {file} must hold an object.')
-    return config
+    return data
 
 
 def _check_config(checkpoint: AdapterCheckpoint) -> None:
@@ -297,7 +308,7 @@ def _lora_shapes(checkpoint: AdapterCheckpoint) -> Dict[Tuple[str, str, str], Tu
     if checkpoint.weights_file.suffix != '.safetensors':
         return {}
     shapes = {}
-    for key, shape in _header_shapes(checkpoint.weights_file).items():
+    for key, shape in _header_shapes(f'{checkpoint}:', checkpoint.weights_file).items():
         parts = _split_key(key)
         if parts is None:
             raise ValueError(f'{checkpoint}: {key} is not a tensor of a LoRA and cannot be fused.')
@@ -315,13 +326,13 @@ def _join(items: Sequence[Union[str, Path]]) -> str:
     return ', '.join(map(str, items[:5])) + (', ...' if len(items) > 5 else '')
 
 
-def _header_shapes(file: Path) -> Dict[str, Tuple[int, ...]]:
+def _header_shapes(prefix: str, file: Path) -> Dict[str, Tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(file, framework='pt') as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
-    except SafetensorError as e:
-        raise ValueError(f'Cannot read {file}: {e}') from e
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f'{prefix} cannot read {file}: {e}') from e
 
 
 def _base_shapes(model_dir: Path) -> Dict[str, Tuple[int, ...]]:
@@ -330,7 +341,7 @@ def _base_shapes(model_dir: Path) -> Dict[str, Tuple[int, ...]]:
         return {}
     shapes: Dict[str, Tuple[int, ...]] = {}
     for file in model_dir.glob('model*.safetensors'):
-        shapes.update(_header_shapes(file))
+        shapes.update(_header_shapes(f'base model ({model_dir}):', file))
     return shapes
 
 
@@ -364,7 +375,7 @@ def _names_adapter(checkpoint: AdapterCheckpoint) -> Iterator[None]:
     """Turn what torch, PEFT and ms-swift raise about an adapter that does not fit into a ValueError that names it."""
     try:
         yield
-    except (ValueError, RuntimeError, KeyError) as e:
+    except (OSError, ImportError, AssertionError, RuntimeError, ValueError, KeyError) as e:
         # Torch lists every tensor that does not fit; the first one says enough.
         reason = ' '.join(line.strip() for line in str(e).splitlines()[:2])
         raise ValueError(f'{checkpoint} cannot be loaded onto this base model: {reason}') from e

@@ -16,6 +16,9 @@ JSON_ROLES = ('tool_call', 'tool_response', 'tool')
 # The keys that a result line adds to its input line.
 RESULT_KEYS = ('response', 'labels', 'logprobs', 'merge_method', 'line')
 
+# What a misspelled key most likely stands for. Any other key that is unknown is the user's own.
+_GUARDED_KEYS = ('adapters', 'weights')
+
 _MAX_SHOWN = 20
 
 
@@ -209,6 +212,10 @@ def _check_keys(data: Dict[str, Any]) -> Iterator[str]:
     for key in RESULT_KEYS:
         if key in data:
             yield f'the key {key!r} is one that result lines add; rename it'
+    missing = [key for key in _GUARDED_KEYS if key not in data]
+    for key in data:
+        for meant in difflib.get_close_matches(key.lower(), missing, n=1, cutoff=0.8):
+            yield f'unknown key {key!r}; did you mean {meant!r}? (if not, rename it)'
 
 
 def _to_sample(number: int, data: Dict[str, Any]) -> Sample:

@@ -20,12 +20,17 @@ def load_engine(args: 'BaseArguments',
         The engine, whose `model` is a `SwiftModel` or a `PeftModel`, and the alias of each adapter in it.
 
     Raises:
-        ValueError: If an adapter does not fit the model.
+        ValueError: If the model cannot be loaded, or if an adapter does not fit it.
     """
     from swift.infer_engine import TransformersEngine
     from swift.pipelines.utils import prepare_model_template
 
     # The adapters are ours to load, so that none of them needs the name that ms-swift would give it.
-    model, template = prepare_model_template(args, adapters=[])
+    try:
+        model, template = prepare_model_template(args, adapters=[])
+    except (OSError, ImportError, AssertionError, RuntimeError, ValueError) as e:
+        # No such device, no such attention implementation, out of memory, a damaged file.
+        reason = ' '.join(str(e).split())
+        raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason}') from e
     model, aliases = load_adapters(model, checkpoints)
     return TransformersEngine(model, template=template, max_batch_size=1), aliases

@@ -3,10 +3,12 @@ import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Dict, List, Literal, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
+from ..patching import is_applied
 from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
 from .engine import load_engine
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
 
 # The keys of a sample that ms-swift's engine takes besides the messages.
 REQUEST_KEYS = ('images', 'audios', 'videos', 'tools', 'objects', 'chat_template_kwargs')
+# What the result lines depend on, as it is in ms-swift's arguments in the end, wherever it came from.
+_RECORDED = ('model_type', 'model_revision', 'torch_dtype', 'attn_impl', 'template', 'system', 'max_length',
+             'truncation_strategy', 'response_prefix', 'enable_thinking', 'max_new_tokens', 'temperature', 'top_k',
+             'top_p', 'repetition_penalty', 'num_beams', 'stop_words', 'logprobs', 'top_logprobs', 'seed')
 # Where a model runs and how it is fetched does not make another run of it, and a token belongs in no file.
-_NOT_RECORDED = ('device_map', 'hub_token')
+_NOT_RECORDED = ('model', 'device_map', 'use_hf', 'hub_token')
 
 
 @dataclass
@@ -73,9 +79,10 @@ class InferSummary:
 def run_infer(config: InferConfig) -> InferSummary:
     """Answer every sample of a dataset with its own composition of adapters.
 
-    Nothing is written before the dataset, the adapters, an existing result file, the template's view of every sample
-    and the loading of the model have all succeeded. Each result line is flushed when its sample is done. The lines
-    depend on the inputs only (the random state is seeded per sample), so that a resumed run writes the same file.
+    No file is written before the dataset, the adapters, the options, an existing result file, the template's view of
+    every sample and the loading of the model have all succeeded. Each result line is flushed when its sample is done.
+    The lines depend on the inputs only (the random state is seeded per sample), so that a resumed run writes the same
+    file.
 
     Args:
         config: What to run.
@@ -86,30 +93,43 @@ def run_infer(config: InferConfig) -> InferSummary:
     Raises:
         DatasetError: If samples are wrong, with all of them.
         ValueError: If anything else that a user can put right is wrong.
+        KeyboardInterrupt: Where it was interrupted; once there is a result file, with a text on how to go on.
     """
+    if not is_applied():
+        raise ValueError('The patch is switched off: unset SWIFT_PATCH_DISABLE, or call swift_patch.apply().')
     samples = read_dataset(config.val_dataset, config.adapters)
     checkpoints = find_checkpoints(config.adapters)
-    results = ResultFile(config, samples, checkpoints)
+    _check_result_path(config)
+    from ..composer import merge_options
+    merge_options(config.merge_method, **config.composer_args)
+    args = _swift_arguments(config, checkpoints)
+    results = ResultFile(config, args, samples, checkpoints)
     summary = InferSummary(resumed=results.num_finished)
     if summary.resumed == len(samples):
         return summary
 
-    args = _swift_arguments(config, checkpoints)
     check_base_model(checkpoints, args.model_dir)
     requests = [_to_request(sample) for sample in samples]
     _check_template(config, args, samples, requests)
+    with _told_as(f'Cannot write {results.path}'):
+        results.path.parent.mkdir(parents=True, exist_ok=True)
     generator = _Generator(config, args, checkpoints, samples)
 
     from tqdm import tqdm
     with results.open() as file, tqdm(
             total=len(samples), initial=summary.resumed, unit='sample', dynamic_ncols=True) as progress:
         start = time.perf_counter()
-        for index in range(summary.resumed, len(samples)):
-            choice = generator.generate(index, samples[index], requests[index], summary)
-            _write_line(file, _result_line(config, samples[index], choice.message.content, choice.logprobs))
-            summary.samples += 1
-            summary.seconds = time.perf_counter() - start
-            progress.update()
+        try:
+            for index in range(summary.resumed, len(samples)):
+                choice = generator.generate(index, samples[index], requests[index], summary)
+                line = _result_line(config, samples[index], choice.message.content, choice.logprobs)
+                with _told_as(f'Cannot write {results.path}'):
+                    _write_line(file, line)
+                summary.samples += 1
+                summary.seconds = time.perf_counter() - start
+                progress.update()
+        except KeyboardInterrupt as e:
+            raise KeyboardInterrupt(f'--resume goes on with {results.path}') from e
     return summary
 
 
@@ -118,6 +138,7 @@ class ResultFile:
 
     Args:
         config: The run.
+        args: ms-swift's arguments.
         samples: All samples of the dataset.
         checkpoints: The adapters.
 
@@ -125,29 +146,18 @@ class ResultFile:
         num_finished: The number of samples whose lines are already there, always the first ones of the dataset.
 
     Raises:
-        ValueError: If the file exists and neither `resume` nor `overwrite` is given, or if it cannot be resumed because
-            it belongs to other inputs or settings. The file is only read here.
+        ValueError: If the file cannot be resumed because it belongs to other inputs or settings. It is only read here.
     """
 
-    def __init__(self, config: InferConfig, samples: Sequence[Sample], checkpoints: Sequence[AdapterCheckpoint]):
+    def __init__(self, config: InferConfig, args: 'BaseArguments', samples: Sequence[Sample],
+                 checkpoints: Sequence[AdapterCheckpoint]):
         self.path = Path(config.result_path)
         self.settings_path = Path(f'{config.result_path}.args.json')
-        self.settings = _settings(config, checkpoints)
+        self.settings = _settings(config, args, checkpoints)
         self.num_finished = 0
         self._size = 0
-        if config.resume and config.overwrite:
-            raise ValueError('--resume and --overwrite exclude each other.')
-        if self.path.is_dir():
-            raise ValueError(f'The result path {self.path} is a folder.')
-        if not self.path.exists() or self.path.stat().st_size == 0:
+        if config.overwrite or not self.path.exists():
             return
-        if self.path.samefile(config.val_dataset):
-            raise ValueError(f'The result path {self.path} is the dataset itself.')
-        if config.overwrite:
-            return
-        if not config.resume:
-            raise ValueError(f'The result file {self.path} exists. Give --resume to go on with it, --overwrite to '
-                             f'start again, or another --result_path.')
         content = self.path.read_bytes()
         # A killed run may have left a part of a line, and nothing after it.
         self._size = content.rfind(b'\n') + 1
@@ -160,18 +170,24 @@ class ResultFile:
             self._check_line(number, line, sample, config)
         self.num_finished = len(lines)
 
-    def open(self) -> BinaryIO:
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
         """Open the file for appending after the finished lines; what follows them is cut off."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.path, 'r+b' if self._size else 'wb')
-        file.truncate(self._size)
-        file.seek(self._size)
-        if not self._size:
-            # Before the first line and in one step: lines without settings could not be resumed.
-            tmp = Path(f'{self.settings_path}.tmp')
-            tmp.write_text(json.dumps(self.settings, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
-            os.replace(tmp, self.settings_path)
-        return file
+        with _told_as(f'Cannot write {self.path}'):
+            file = open(self.path, 'r+b' if self._size else 'wb')
+            file.truncate(self._size)
+            file.seek(self._size)
+            if not self._size:
+                # Before the first line and in one step: lines without settings could not be resumed.
+                tmp = Path(f'{self.settings_path}.tmp')
+                tmp.write_text(json.dumps(self.settings, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
+                os.replace(tmp, self.settings_path)
+        try:
+            yield file
+        finally:
+            # Where a write failed, closing tries it again.
+            with _told_as(f'Cannot write {self.path}'):
+                file.close()
 
     def _check_settings(self) -> None:
         try:
@@ -242,13 +258,45 @@ class _Generator:
         return time.perf_counter()
 
 
+def _check_result_path(config: InferConfig) -> None:
+    """Raise ValueError where the result file cannot be written or is not to be. Nothing is written here."""
+    path = Path(config.result_path)
+    if config.resume and config.overwrite:
+        raise ValueError('--resume and --overwrite exclude each other.')
+    with _told_as(f'Cannot write {path}'):
+        if path.is_dir():
+            raise ValueError(f'The result path {path} is a folder.')
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise ValueError(f'Cannot write {path}: {folder} is not a folder.')
+        existing = path if path.exists() else folder
+        if not os.access(existing, os.W_OK):
+            raise ValueError(f'Cannot write {path}: no permission to write to {existing}.')
+        if not path.exists() or path.stat().st_size == 0:
+            return
+        if path.samefile(config.val_dataset):
+            raise ValueError(f'The result path {path} is the dataset itself.')
+    if not config.overwrite and not config.resume:
+        raise ValueError(f'The result file {path} exists. Give --resume to go on with it, --overwrite to '
+                         f'start again, or another --result_path.')
+
+
+@contextmanager
+def _told_as(what: str) -> Iterator[None]:
+    """Turn an OSError into a ValueError that tells what could not be done."""
+    try:
+        yield
+    except OSError as e:
+        raise ValueError(f'{what}: {e.strerror or e}.') from e
+
+
 def _swift_arguments(config: InferConfig, checkpoints: Sequence[AdapterCheckpoint]) -> 'BaseArguments':
     from swift.arguments import BaseArguments
     from swift.utils import is_dist
     if is_dist():
         raise ValueError('swift-patch infer runs in one process; split the dataset to use several.')
     # For their args.json only: ms-swift takes what is not given from the first of these.
-    trained = [str(checkpoint.path) for checkpoint in checkpoints if (checkpoint.path / 'args.json').is_file()]
+    trained = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint.has_args]
     try:
         return BaseArguments(adapters=trained, **config.swift_args)
     except Exception as e:  # for users' mistakes: assertions, errors of hubs and networks, OSError, ValueError
@@ -314,14 +362,14 @@ def _write_line(file: BinaryIO, line: Dict[str, Any]) -> None:
     file.flush()
 
 
-def _settings(config: InferConfig, checkpoints: Sequence[AdapterCheckpoint]) -> Dict[str, Any]:
+def _settings(config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint]) -> Dict[str, Any]:
     """Collect what the result lines depend on besides the samples, as JSON."""
-    settings: Dict[str, Any] = {
-        key: value
-        for key, value in sorted(config.swift_args.items()) if value is not None and key not in _NOT_RECORDED
-    }
-    if os.path.isdir(settings.get('model', '')):
-        settings['model'] = os.path.abspath(settings['model'])
+    settings: Dict[str, Any] = {'model': os.path.abspath(args.model) if os.path.isdir(args.model) else args.model}
+    for key in dict.fromkeys([*_RECORDED, *sorted(config.swift_args)]):
+        value = getattr(args, key)
+        if value is not None and key not in _NOT_RECORDED:
+            # A torch.dtype, for one, is no JSON.
+            settings[key] = value if isinstance(value, (bool, int, float, str, list, dict)) else str(value)
     settings['merge_method'] = config.merge_method
     settings.update({key: value for key, value in sorted(config.composer_args.items()) if value is not None})
     settings.update({f'adapter {checkpoint.name}': checkpoint.digest()[:16] for checkpoint in checkpoints})

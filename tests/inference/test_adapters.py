@@ -113,17 +113,25 @@ def test_everything_that_is_no_lora_checkpoint_is_told_at_once(model_dir: str, c
     (broken / 'adapter_config.json').write_text('{')
     cut = Path(edited('peft'))
     (cut / 'adapter_model.safetensors').write_bytes(b'cut')
+    truncated = Path(edited('peft'))
+    tensors = (truncated / 'adapter_model.safetensors').read_bytes()
+    (truncated / 'adapter_model.safetensors').write_bytes(tensors[:-100])
+    args = Path(edited('swift'))
+    (args / 'args.json').write_text('{"model": ')
     without = Path(edited('swift'))
     (without / 'default' / 'adapter_model.safetensors').unlink()
     several = Path(edited('swift'))
     shutil.copytree(several / 'default', several / 'other')
+    folder = checkpoints['peft']
     wrong = {
         'missing': (tmp_path / 'none', 'the path does not exist'),
-        'file': (Path(checkpoints['peft'], 'adapter_model.safetensors'), 'this is a file; give the folder'),
+        'file': (Path(folder, 'adapter_model.safetensors'), f'this is a file; give the folder {folder!r}.'),
         'model': (model_dir, 'this is a full model, not an adapter'),
         'empty': (empty, 'there is no adapter_config.json'),
         'broken': (broken, 'cannot read'),
-        'cut': (cut, 'Cannot read'),
+        'cut': (cut, 'cannot read'),
+        'truncated': (truncated, "adapter 'truncated'"),
+        'args': (args, f'cannot read {args}/args.json'),
         'without': (without, 'there is no adapter_model.safetensors'),
         'several': (several, 'it holds several adapters; give one of'),
         'loha': (edited('peft', {'peft_type': 'LOHA'}), 'an adapter of type LOHA, not LORA'),

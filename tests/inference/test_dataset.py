@@ -107,12 +107,20 @@ def test_content_may_be_what_ms_swift_takes(tmp_path: Path) -> None:
     (line(weights=[1, True]), 'weights must be finite numbers, got true'),
     (line(weights=[1, 10**400]), 'weights must be finite numbers, got a number that is too large'),
     (line(weights=[0, 0.0]), 'weights are all zero'),
+    (line(wieghts=[0.6, 0.4]), "unknown key 'wieghts'; did you mean 'weights'?"),
+    (line(Weight=[0.6, 0.4]), "unknown key 'Weight'; did you mean 'weights'?"),
     (line(response='a'), "the key 'response' is one that result lines add; rename it"),
 ])  # yapf: disable
 def test_a_wrong_line_is_told_with_its_number(tmp_path: Path, wrong: Union[str, bytes], problem: str) -> None:
     [(number, text)] = problems_of(write(tmp_path, line(), '', wrong, line()))
     assert number == 3
     assert problem in text
+
+
+def test_a_misspelled_adapters_is_told_and_a_key_beside_the_right_one_is_not(tmp_path: Path) -> None:
+    path = write(tmp_path, line(adapters=..., adaptors=['A']), line(weights=[1, 2], weight=3, adapter='x', height=4))
+    assert [number for number, _ in problems_of(path)] == [1, 1]
+    assert "unknown key 'adaptors'; did you mean 'adapters'?" in problems_of(path)[1][1]
 
 
 def test_every_problem_of_every_line_is_told(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """A run writes one line per sample, all or none of the checks pass before it, and a killed one is resumed exactly."""
 import argparse
+import importlib.util
 import json
+import os
 import pytest
 import shutil
 import subprocess
 import sys
+import torch
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from swift_patch.cli.infer import add_parser
+from swift_patch import cli
+from swift_patch.cli.infer import COMBINATION_TYPES, add_parser
 from swift_patch.demo.tiny_model import MODEL_TYPE, TEMPLATE
 from swift_patch.inference import run as run_module
 from swift_patch.inference.dataset import DatasetError
@@ -196,6 +200,14 @@ def test_resuming_a_finished_run_changes_nothing(config: InferConfig, finished: 
     assert Path(config.result_path).read_bytes() == finished
 
 
+def test_a_run_is_the_same_where_the_adapters_name_its_settings(config: InferConfig, finished: bytes,
+                                                                loads_no_model: None) -> None:
+    for key in ('model', 'model_type', 'template', 'torch_dtype'):
+        del config.swift_args[key]
+    config.resume = True
+    assert run_infer(config).resumed == len(SAMPLES)
+
+
 def test_resuming_where_nothing_is_there_starts(config: InferConfig) -> None:
     config.resume = True
     assert run_infer(config).samples == len(SAMPLES)
@@ -290,6 +302,74 @@ def test_what_the_template_refuses_is_told_with_its_line_before_a_model_is_loade
     assert 'larger than the max_length(512)' in long_text and 'refuses it' in tools_text
 
 
+def test_a_result_file_that_cannot_be_made_is_told_before_a_model_is_loaded(config: InferConfig, tmp_path: Path,
+                                                                            loads_no_model: None) -> None:
+    for path in (f'{config.val_dataset}/r.jsonl', f'{config.val_dataset}/deeper/r.jsonl', str(tmp_path / ('x' * 300))):
+        config.result_path = path
+        with pytest.raises(ValueError, match='Cannot write .*xxx: |Cannot write .*data.jsonl is not a folder'):
+            run_infer(config)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
+def test_a_folder_without_permission_is_told_before_a_model_is_loaded(config: InferConfig, tmp_path: Path,
+                                                                      loads_no_model: None) -> None:
+    folder = tmp_path / 'locked'
+    folder.mkdir(mode=0o500)
+    config.result_path = str(folder / 'r.jsonl')
+    with pytest.raises(ValueError, match='Cannot write .* no permission to write to .*locked'):
+        run_infer(config)
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux only')
+def test_a_full_disk_is_told(config: InferConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(config.result_path).parent.mkdir()
+    monkeypatch.setattr(run_module, 'open', lambda *args: FullDisk('/dev/full', 'wb'), raising=False)
+    with pytest.raises(ValueError, match='Cannot write .*out.jsonl: No space left on device'):
+        run_infer(config)
+
+
+class FullDisk:
+    """A file to which nothing can be written."""
+
+    def __init__(self, *args: str) -> None:
+        self.file = open(*args)
+        self.write, self.flush, self.seek, self.close = (self.file.write, self.file.flush, self.file.seek,
+                                                         self.file.close)
+
+    def truncate(self, size: int) -> None:
+        """Do nothing: a device has no size."""
+
+
+@pytest.mark.parametrize(('swift_args', 'reason'), [
+    pytest.param({'device_map': 'cuda:0'}, 'CUDA|NVIDIA',
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')),
+    pytest.param({'attn_impl': 'flash_attention_2'}, 'ImportError: FlashAttention2',
+                 marks=pytest.mark.skipif(importlib.util.find_spec('flash_attn') is not None, reason='installed')),
+])  # yapf: disable
+def test_what_keeps_the_model_from_loading_is_told_in_a_line(config: InferConfig, swift_args: Dict[str, Any],
+                                                             reason: str) -> None:
+    config.swift_args.update(swift_args)
+    with pytest.raises(
+            ValueError, match=f'^Cannot load the base model {config.swift_args["model"]}: .*({reason})') as e:
+        run_infer(config)
+    assert len(str(e.value).splitlines()) == 1
+    assert not Path(config.result_path).exists()
+
+
+@pytest.mark.parametrize(('merge_method', 'composer_args', 'told'), [
+    ('fusion', {'combination_type': 'ties'}, 'needs a density'),
+    ('selection', {'combination_type': 'linear'}, 'has no combination_type'),
+    ('fusion', {'combination_type': 'liner'}, 'combination_type is expected to be one of'),
+])  # yapf: disable
+def test_options_of_the_composition_are_checked_before_a_model_is_loaded(config: InferConfig, loads_no_model: None,
+                                                                         merge_method: Any, composer_args: Dict[str,
+                                                                                                                Any],
+                                                                         told: str) -> None:
+    config.merge_method, config.composer_args = merge_method, composer_args
+    with pytest.raises(ValueError, match=told):
+        run_infer(config)
+
+
 @pytest.mark.parametrize('wrong', [{
     'val_dataset': 'none.jsonl'
 }, {
@@ -354,6 +434,82 @@ def test_the_command_tells_a_mistake_without_a_traceback(config: InferConfig, ca
     args = parse(*command_line(config))
     assert args.run(args) == 2
     assert capsys.readouterr().err.startswith('swift-patch infer: error: Cannot read the dataset none.jsonl')
+
+
+def test_a_finished_run_has_nothing_left_to_do(config: InferConfig, finished: bytes,
+                                               capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(['infer', *command_line(config), '--resume']) == 0
+    assert 'nothing left to do: all 5 samples are finished' in capsys.readouterr().out
+
+
+def test_one_sample_is_no_samples(config: InferConfig, capsys: pytest.CaptureFixture) -> None:
+    Path(config.val_dataset).write_text(json.dumps(SAMPLES[0]))
+    assert cli.main(['infer', *command_line(config)]) == 0
+    assert '1 sample, ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('name', 'can_resume'), [('_Generator', False), ('_result_line', True)])
+def test_an_interrupted_run_tells_how_to_go_on_where_it_can(config: InferConfig, monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture, name: str,
+                                                            can_resume: bool) -> None:
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, name, interrupt)
+    assert cli.main(['infer', *command_line(config)]) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == 'swift-patch infer: interrupted' + (f'; --resume goes on with {config.result_path}'
+                                                       if can_resume else '')
+
+
+def test_the_command_tells_that_the_patch_is_switched_off(config: InferConfig) -> None:
+    process = subprocess.run([sys.executable, '-m', 'swift_patch.cli', 'infer', *command_line(config)],
+                             env={
+                                 **os.environ, 'SWIFT_PATCH_DISABLE': '1'
+                             },
+                             capture_output=True,
+                             text=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith('swift-patch infer: error: The patch is switched off: unset SWIFT_PATCH_DISABLE')
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_the_command_line_knows_all_combination_types() -> None:
+    from swift_patch import merging
+    assert COMBINATION_TYPES == tuple(merging.COMBINATION_TYPES)
+
+
+REQUIRED = ['--adapters', 'a=b', '--val_dataset', 'c', '--result_path', 'd']
+
+
+@pytest.mark.parametrize('wrong', [
+    '--num_beams 0', '--num_beams 1.5', '--max_new_tokens 0', '--max_length -1', '--top_k -2', '--svd_rank 0',
+    '--top_p 1.1', '--top_p nan', '--temperature -0.1', '--temperature inf', '--density 2', '--density x',
+    '--combination_type tied'
+])  # yapf: disable
+def test_a_value_out_of_range_is_told_with_its_option(wrong: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main(['infer', *REQUIRED, *wrong.split()])
+    assert e.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    option, value = wrong.split()
+    assert f'argument {option}: ' in told and f"'{value}'" in told
+
+
+def test_values_within_the_range_are_taken() -> None:
+    args = parse(*REQUIRED, '--top_p', '1', '--temperature', '0', '--num_beams', '2', '--top_k', '-1')
+    assert (args.top_p, args.temperature, args.num_beams, args.top_k) == (1., 0., 2, -1)
+
+
+@pytest.mark.parametrize('unknown', [['--max_new', '3'], ['--unknown', 'x']])
+def test_an_unknown_or_shortened_option_shows_the_usage_of_infer(unknown: List[str],
+                                                                 capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main(['infer', *REQUIRED, *unknown])
+    assert e.value.code == 2
+    told = capsys.readouterr().err
+    assert 'swift-patch infer' in told.splitlines()[0] and 'unrecognized arguments: ' + ' '.join(unknown) in told
 
 
 def test_booleans_are_given_as_in_ms_swift() -> None:
