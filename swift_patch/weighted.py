@@ -251,7 +251,10 @@ def reserve_weighted_adapter(adapters: Adapters, name: str, rank: int, sources: 
 @contextmanager
 def plain_tensors(adapters: Adapters) -> Iterator[None]:
     """Within it, new tensors have the dtype that is asked for, need no gradient, and can be written to later."""
-    devices = {'cpu', *(parameter.device.type for parameter in adapters.model.parameters())} - {'meta'}
+    # Not of all parameters, which are as many as there are adapters. A model is on the CPU, on one kind of accelerator,
+    # or on both.
+    layers = [layer for _, layer in adapters.layers()]
+    devices = {'cpu', *(next(layer.parameters()).device.type for layer in (layers[:1] + layers[-1:]))} - {'meta'}
     with ExitStack() as stack:
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
