@@ -223,6 +223,32 @@ def test_every_kind_of_layer_that_ms_swift_can_merge_is_merged_as_in_stock(kind,
     assert_as_fresh(model, SOURCES, WEIGHTS, combination_type, **PEFT_TYPES[combination_type])
 
 
+@pytest.mark.parametrize('combination_type', [*PEFT_TYPES, 'average'])
+@pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize('cls', [LoRAConfig, LoraConfig])
+def test_loras_on_quantized_base_layers_are_merged_as_in_stock(cls, bits, combination_type):
+    bitsandbytes = pytest.importorskip('bitsandbytes')
+    base = qwen2(hidden=64)
+    for layer in base.model.layers:
+        weights = layer.mlp.up_proj.state_dict()
+        layer.mlp.up_proj = (
+            bitsandbytes.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.float32)
+            if bits == 4 else bitsandbytes.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False))
+        layer.mlp.up_proj.load_state_dict(weights)
+    setattr(base.to('cpu'), f'is_loaded_in_{bits}bit', True)
+    model = (swift_model if cls is LoRAConfig else peft_model)(loras(cls=cls, target_modules=['up_proj']), base)
+    assert {type(layer).__name__ for layer in layers(model).values()} == {{4: 'Linear4bit', 8: 'Linear8bitLt'}[bits]}
+    add(model)
+    options = PEFT_TYPES.get(combination_type, {})
+    update(model, combination_type=combination_type, **options)
+    if combination_type == 'average':
+        add(model, SOURCES, WEIGHTS, 'average', name='oracle')
+        assert_close_deltas(model, 'fused', model)
+    else:
+        assert_close_deltas(model, 'fused', fresh(model, SOURCES, WEIGHTS, combination_type, **options))
+    assert outputs(model).isfinite().all()
+
+
 @pytest.mark.parametrize('combination_type', ['linear', 'cat', 'svd', 'ties', 'ties_svd'])
 def test_bfloat16_is_summed_in_float32_and_stays_bfloat16(combination_type):
     model = swift_model(loras(), qwen2().bfloat16()).bfloat16()
