@@ -328,4 +328,6 @@ class FusionComposer:
         """
         layers = Adapters.of(self._tuner).layers()
         some = [layers[0], layers[len(layers) // 2], layers[-1]]
-        return [parameter for _, layer in some for source in sources for parameter in factors(layer, source) or ()]
+        found = (factors(layer, source) for _, layer in some for source in sources)
+        # One that is offloaded to the meta device holds nothing, and is another object once it is loaded.
+        return [parameter for pair in found for parameter in pair or () if not parameter.is_meta]

@@ -342,6 +342,20 @@ def test_reserving_with_an_offloaded_fused_adapter_keeps_it(monkeypatch):
     torch.testing.assert_close(outputs(model), expected)
 
 
+def test_sources_that_stay_offloaded_can_be_composed_again_and_again():
+    model = swift_model(loras())
+    composer = FusionComposer(model)
+    composer.compose(['l2'])
+    model.set_active_adapters('fused', offload='meta')
+    for sources in (['l0', 'l1'], ['l0', 'l1'], ['l1', 'l3'], ['l0', 'l1']):
+        composer.compose(sources)
+    model.set_active_adapters(['l0', 'l1'])
+    for layer in layers(model).values():
+        assert layer.lora_A['l3'].weight.is_meta
+        torch.testing.assert_close(layer.lora_B['fused'].weight,
+                                   (layer.lora_B['l0'].weight + layer.lora_B['l1'].weight) / 2)
+
+
 def test_reserving_leaves_layers_that_were_switched_directly(monkeypatch):
     model = swift_model(loras())
     model.set_active_adapters('l1')

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from models import (PROJECTIONS, activate, add, assert_as_fresh, assert_same_state, deltas, layers, loras, peft_model,
-                    state, swift_model, update)
+from models import (PROJECTIONS, SOURCES, WEIGHTS, activate, add, assert_as_fresh, assert_same_state, config, deltas,
+                    fresh, layers, loras, peft_model, qwen2, state, swift_model, update)
 from peft import LoraConfig
-from swift.tuners import LoRAConfig
+from swift.tuners import LoRAConfig, Swift
 
 from swift_patch.plan import check_sources
 
@@ -130,3 +130,20 @@ def test_only_none_means_the_last_type(model, combination_type):
 def test_a_name_that_no_adapter_can_have_is_refused(model, name, error):
     with pytest.raises(error, match='adapter_name'):
         model.add_weighted_adapter(['l0', 'l1'], [1.0, 1.0], name, 'linear')
+
+
+def test_loras_that_ms_swift_loaded_from_disk_can_be_merged(tmp_path):
+    trained = swift_model(loras())
+    trained.save_pretrained(str(tmp_path))
+    model = Swift.from_pretrained(qwen2(), str(tmp_path))
+    # JSON has no sets, and stock takes nothing else.
+    assert isinstance(config(model, 'l0').target_modules, list)
+    with pytest.raises(TypeError, match='list'):
+        fresh(model, SOURCES, WEIGHTS, 'linear')
+    add(model)
+    update(model)
+    add(trained)
+    update(trained)
+    assert_as_fresh(trained, SOURCES, WEIGHTS, 'linear')
+    for name, delta in deltas(trained, 'fused').items():
+        assert torch.equal(deltas(model, 'fused')[name], delta)
