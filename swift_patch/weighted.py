@@ -69,7 +69,8 @@ def add_weighted_adapter(
     options = MergeOptions(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
                            majority_sign_method)
     loaded = Adapters.of(self)
-    with ExitStack() as undo, plain_tensors(loaded), on_device(loaded, adapters):
+    # What undoes it comes last, so that it runs before an adapter goes back to where it was offloaded.
+    with plain_tensors(loaded), on_device(loaded, adapters), ExitStack() as undo:
         plan = plan_merge(loaded, adapters, weights, options)
         for parameter in self.model.parameters():
             # PEFT freezes and unfreezes adapters when it adds or removes one.
@@ -219,7 +220,8 @@ def update_weighted_adapter(
     if combination_type is None:
         changed = [item.name for item in fields(options) if getattr(options, item.name) != item.default]
         options = replace(record.options, **{name: getattr(options, name) for name in changed})
-    with ExitStack() as undo, plain_tensors(loaded), on_device(loaded, (*adapters, adapter_name)):
+    # What undoes it comes last, so that it runs before an adapter goes back to where it was offloaded.
+    with plain_tensors(loaded), on_device(loaded, (*adapters, adapter_name)), ExitStack() as undo:
         plan = plan_merge(loaded, adapters, weights, options)
         check_target(loaded, plan, adapters, adapter_name)
         merged = _merge(plan)
@@ -243,7 +245,7 @@ def reserve_weighted_adapter(adapters: Adapters, name: str, rank: int, sources: 
     likes: Dict[str, str] = {}
     for source in sources:
         likes.update((layer_name, source) for layer_name, layer in adapters.layers() if factors(layer, source))
-    with ExitStack() as undo, plain_tensors(adapters), on_device(adapters, [name]):
+    with plain_tensors(adapters), on_device(adapters, [name]), ExitStack() as undo:
         grow(adapters, name, rank, likes, undo)
         undo.pop_all()
 

@@ -439,3 +439,26 @@ def test_what_ms_swift_saves_of_a_fused_adapter_is_what_it_saves_of_stocks(tmp_p
     assert saved[0].keys() == saved[1].keys() and len(saved[0]) == 28
     for key, value in saved[0].items():
         torch.testing.assert_close(value, saved[1][key])
+
+
+def test_a_write_that_fails_into_an_offloaded_adapter_leaves_it_as_it_was(monkeypatch):
+    model = swift_model(loras())
+    add(model)
+    before = deltas(model, 'fused')
+    model.set_active_adapters('l3', offload='meta')
+    clone, calls = torch.Tensor.clone, []
+
+    def fail_once(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 9:
+            raise MemoryError
+        return clone(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, 'clone', fail_once)
+    with pytest.raises(MemoryError):
+        update(model)
+    monkeypatch.undo()
+    assert all(layer.lora_A['fused'].weight.is_meta for layer in layers(model).values())
+    model.set_active_adapters('fused')
+    assert deltas(model, 'fused').keys() == before.keys()
+    assert all(torch.equal(delta, before[name]) for name, delta in deltas(model, 'fused').items())
