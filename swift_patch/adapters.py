@@ -10,6 +10,9 @@ from .merging import MergeOptions
 # Where a model keeps the records of its fused adapters, in its `__dict__`: copied with it, and gone with it.
 _ATTRIBUTE = '_fused_adapters'
 
+# By layer, the rank and the scaling that a new adapter would have.
+FreshLayers = Mapping[str, Tuple[int, float]]
+
 
 @dataclass(frozen=True)
 class FusedRecord:
@@ -25,7 +28,7 @@ class FusedRecord:
     config: LoraConfig
     options: MergeOptions
     fresh: LoraConfig
-    layers: Mapping[str, Tuple[int, float]]
+    layers: FreshLayers
 
 
 class Adapters(NamedTuple):
@@ -72,8 +75,7 @@ class Adapters(NamedTuple):
                              'another name and make it by `add_weighted_adapter` first.')
         return self._records()[name]
 
-    def remember(self, name: str, options: MergeOptions, fresh: LoraConfig, layers: Mapping[str, Tuple[int,
-                                                                                                       float]]) -> None:
+    def remember(self, name: str, options: MergeOptions, fresh: LoraConfig, layers: FreshLayers) -> None:
         """Records what the fused adapter `name` was filled with, see `FusedRecord`."""
         self._records()[name] = FusedRecord(self.configs[name], options, fresh, layers)
 
@@ -85,11 +87,6 @@ class Adapters(NamedTuple):
         """Returns the largest rank that the LoRA `name` has by its config as a source."""
         config = self.config(name)
         return max(config.r, *(config.rank_pattern or {}).values(), 0)
-
-    def has_layer(self, name: str, layer_name: str, layer: LoraLayer) -> bool:
-        """Returns whether `name` as a source has the layer."""
-        return factors(
-            layer, name) is not None and not (self.is_fused(name) and layer_name not in self._records()[name].layers)
 
     def source(self, name: str, layer_name: str, layer: LoraLayer) -> Optional[Tuple[Factors, float]]:
         """Returns the factors and the scaling of `name` as a source, or None where it does not have the layer.

@@ -235,14 +235,13 @@ class FusionComposer:
         is_sum = COMBINATION_TYPES[self._options.combination_type].rank == 'sum'
         # A single source keeps its rank whatever `svd_rank` says.
         rank = sum(ranks[:max_sources]) if is_sum else max(ranks[0], self._options.svd_rank or 0)
-        with self._model_lock.lock:
+        with self._model_lock.lock, ExitStack() as undo:
             if self.adapter_name not in loaded.configs:
-                with ExitStack() as undo:
-                    self._refill(sources[:1], [0.0], undo)
-                    undo.pop_all()
+                self._refill(sources[:1], [0.0], undo)
             loaded = Adapters.of(self._tuner)
             loaded.record(self.adapter_name)
             reserve_weighted_adapter(loaded, self.adapter_name, rank, sources)
+            undo.pop_all()
 
     def _sources(self, adapters: Any, weights: Any, all_of_them: bool = False) -> Tuple[List[str], List[float]]:
         if isinstance(adapters, Mapping):

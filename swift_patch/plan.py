@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple, Union
 
 from .adapters import Adapters
 from .lora_index import LoraIndex, factors, groups
@@ -56,11 +56,15 @@ class Plan:
 def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[float], options: MergeOptions) -> Plan:
     """Checks a merge and finds its tensors. Changes nothing.
 
+    Args:
+        adapters: the adapters of the model.
+        sources: the names of the sources, as `check_sources` returned them.
+        weights: their weights, likewise.
+        options: how to merge.
+
     Raises:
-        TypeError: an argument is of the wrong type.
         ValueError: the sources cannot be merged this way.
     """
-    sources, weights = check_sources(sources, weights)
     check_options(options)
     for source in sources:
         check_source(source, adapters)
@@ -80,11 +84,13 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
         rank = options.svd_rank
 
     config = _fused_config([adapters.config(source) for source in sources], name, rank)
-    layers = []
-    for layer_name, layer in _reached(adapters, config, sources):
+    is_restricted, layers = _is_restricted(config), []
+    for layer_name, layer in adapters.layers():
         found = [(source, weight, adapters.source(source, layer_name, layer))
                  for source, weight in zip(sources, weights)]
         merged = [(source, weight, *there) for source, weight, there in found if there is not None]
+        if not (check_target_module_exists(config, layer_name) if is_restricted else merged):
+            continue
         # Sources that were offloaded to the CPU are merged where the first one is.
         tensors = [
             Source(pair.A.to(merged[0][2].A.device), pair.B.to(merged[0][2].A.device), weight, scaling)
@@ -250,14 +256,10 @@ def _fused_config(configs: Sequence[LoraConfig], combination_type: str, rank: in
     return replace(configs[0], target_modules=target_modules, **changes)
 
 
-def _reached(adapters: Adapters, config: LoraConfig, sources: Sequence[str]) -> Iterator[Tuple[str, LoraLayer]]:
-    """Yields the LoRA layers that a new adapter of this config would be in."""
-    # These are the first source's, and hold for the target modules of all.
+def _is_restricted(config: LoraConfig) -> bool:
+    """Whether a new adapter of this config would not be in all layers of its sources, or in others, too.
+
+    These settings are the first source's, and hold for the target modules of all.
+    """
     restrictions = ('layers_to_transform', 'exclude_modules', 'modules_to_save')
-    is_restricted = any(getattr(config, name, None) not in (None, [], '') for name in restrictions)
-    for name, layer in adapters.layers():
-        if is_restricted:
-            if check_target_module_exists(config, name):
-                yield name, layer
-        elif any(adapters.has_layer(source, name, layer) for source in sources):
-            yield name, layer
+    return any(getattr(config, name, None) not in (None, [], '') for name in restrictions)
