@@ -4,6 +4,7 @@ import threading
 import torch
 import weakref
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from typing import Any, Iterable, Iterator, List, Literal, Mapping, NamedTuple, 
 from .adapters import Adapters, FusedRecord
 from .lora_index import factors
 from .merging import COMBINATION_TYPES, MergeOptions
+from .messages import shown
 from .patching import is_applied
-from .plan import check_options, check_source, check_sources
+from .plan import check_names, check_new_name, check_options, check_source, check_sources
 from .weighted import new_swift_adapter, remove_adapter, reserve_weighted_adapter
 
 MERGE_METHODS = {'fusion': 'average', 'mixture': 'cat', 'selection': 'linear'}
@@ -67,13 +69,12 @@ def merge_options(merge_method: str, combination_type: Optional[str] = None, **o
         ValueError: An argument is not one of its values, or they do not go together.
     """
     if not isinstance(merge_method, str) or merge_method not in MERGE_METHODS:
-        raise ValueError(f'merge_method is expected to be one of {list(MERGE_METHODS)}, found {merge_method!r}.')
+        raise ValueError(f'merge_method is expected to be one of {list(MERGE_METHODS)}, found {shown(merge_method)}.')
     if merge_method == 'selection' and combination_type is not None:
         raise ValueError("merge_method 'selection' takes one source alone, so it has no combination_type, found "
-                         f'{combination_type!r}.')
+                         f'{shown(combination_type)}.')
     name = MERGE_METHODS[merge_method] if combination_type is None else combination_type
-    merged = MergeOptions(combination_type=name, **options)
-    check_options(merged)
+    merged = check_options(MergeOptions(combination_type=name, **options))
     if COMBINATION_TYPES[name].needs_density and merged.density is None:
         raise ValueError(f'combination_type {name!r} needs a density, the fraction of values to keep.')
     return merged
@@ -97,9 +98,9 @@ class FusionComposer:
         majority_sign_method: See `update_weighted_adapter`.
 
     Raises:
-        TypeError: `model` is none of these.
-        ValueError: An argument is not one of its values, or `adapter_name` is taken by an adapter that may not be
-            overwritten.
+        TypeError: `model` is none of these, or `adapter_name` is not a string.
+        ValueError: An argument is not one of its values, or `adapter_name` is a name that no adapter can have, or is
+            taken by one that may not be overwritten.
         RuntimeError: swift_patch is not applied.
 
     Example:
@@ -120,7 +121,7 @@ class FusionComposer:
                  density: Optional[float] = None,
                  majority_sign_method: Literal['total', 'frequency'] = 'total'):
         # Any model that torch.compile wrapped; the layers are the same.
-        self._model: Any = getattr(model, '_orig_mod', model)
+        self._model: Any = getattr(model, '_orig_mod', model) if isinstance(model, nn.Module) else model
         self._tuner: Any = self._model.base_model if isinstance(self._model, PeftModel) else self._model
         if not is_applied():
             raise RuntimeError(_REVERTED)
@@ -138,8 +139,10 @@ class FusionComposer:
         self.merge_method = merge_method
         self.adapter_name = adapter_name
         loaded = Adapters.of(self._tuner)
-        if adapter_name in loaded.configs:
+        if isinstance(adapter_name, str) and adapter_name in loaded.configs:
             loaded.record(adapter_name)
+        else:
+            check_new_name(adapter_name)
         self._last: Optional[_Composition] = None
         with _locks_guard:
             self._model_lock = _locks.setdefault(loaded.model, _ModelLock())
@@ -218,7 +221,8 @@ class FusionComposer:
 
         Raises:
             TypeError: `adapters` is not a list of names.
-            ValueError: An adapter does not exist, or there is none. The model is as it was.
+            ValueError: An adapter does not exist, there is none, or `max_sources` is not a positive integer. The model
+            is as it was.
         """
         loaded = Adapters.of(self._tuner)
         if adapters is None:
@@ -226,11 +230,12 @@ class FusionComposer:
                 name for name, config in loaded.configs.items()
                 if isinstance(config, LoraConfig) and not loaded.is_fused(name)
             ]
-        sources, _ = self._sources(adapters, None, all_of_them=True)
+        sources = check_names(adapters)
         for name in sources:
             check_source(name, loaded)
-        if max_sources is not None and not (isinstance(max_sources, int) and max_sources > 0):
-            raise ValueError(f'max_sources is expected to be a positive integer or None, found {max_sources!r}.')
+        is_integer = isinstance(max_sources, Integral) and not isinstance(max_sources, bool)
+        if max_sources is not None and not (is_integer and max_sources > 0):
+            raise ValueError(f'max_sources is expected to be a positive integer or None, found {shown(max_sources)}.')
         ranks = sorted((loaded.rank(name) for name in sources), reverse=True)
         is_sum = COMBINATION_TYPES[self._options.combination_type].rank == 'sum'
         # A single source keeps its rank whatever `svd_rank` says.
@@ -243,17 +248,20 @@ class FusionComposer:
             reserve_weighted_adapter(loaded, self.adapter_name, rank, sources)
             undo.pop_all()
 
-    def _sources(self, adapters: Any, weights: Any, all_of_them: bool = False) -> Tuple[List[str], List[float]]:
+    def _sources(self, adapters: Any, weights: Any) -> Tuple[List[str], List[float]]:
         if isinstance(adapters, Mapping):
             if weights is not None:
                 raise TypeError('weights is expected to be left out where adapters is a mapping to weights, found '
-                                f'{weights!r}.')
-            adapters, weights = list(adapters), list(adapters.values())
-        elif weights is None and isinstance(adapters, Iterable) and not isinstance(adapters, str):
-            adapters = list(adapters)
+                                f'{shown(weights)}.')
+            adapters, weights = adapters.keys(), adapters.values()
+        elif weights is None:
+            adapters = check_names(adapters)
             weights = [1 / len(adapters) for _ in adapters]
         sources, numbers = check_sources(adapters, weights)
-        if self.merge_method == 'selection' and not all_of_them:
+        if self.merge_method == 'selection':
+            # The others are not merged, so that nothing else would see that they do not exist.
+            for name in sources:
+                check_source(name, Adapters.of(self._tuner))
             return [sources[numbers.index(max(numbers))]], [1.0]
         return sources, numbers
 
@@ -262,8 +270,8 @@ class FusionComposer:
             raise RuntimeError(_REVERTED)
         if self._model_lock.held not in (None, (self.adapter_name, sources, weights)):
             name, held, _ = self._model_lock.held
-            raise RuntimeError(f'Adapter {name!r} is held by a `fused` block of this thread with {held}: compose '
-                               f'{sources} after that block.')
+            raise RuntimeError(f'Adapter {name!r} is held by a `fused` block of this thread with {shown(held)}: '
+                               f'compose {shown(sources)} after that block.')
         for name, layer in Adapters.of(self._tuner).layers():
             if layer.merged:
                 raise ValueError(

@@ -6,16 +6,22 @@ from numbers import Integral, Real
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple, Union
+from torch import nn
+from typing import AbstractSet, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from .adapters import Adapters
 from .lora_index import LoraIndex, factors, groups
 from .merging import COMBINATION_TYPES, MergeOptions, Source
+from .messages import shown
 
 # Kinds of LoRA whose layers compute something else than scaling · B · A: a fused adapter keeps the kind it was made as.
 _VARIANTS = ('use_dora', 'alora_invocation_tokens', 'arrow_config', 'use_qalora')
 # Ways to initialise a LoRA that change the base layer's weight.
 _CHANGE_BASE = ('pissa', 'olora', 'corda', 'loftq')
+# No layer of a model has so many features that a larger rank meant anything; memory would be all it took.
+_MAX_SVD_RANK = 2**16
+# What PEFT keeps the adapters of a layer in: modules and parameters, which become attributes named like the adapter.
+_CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 
 
 class LayerPlan(NamedTuple):
@@ -40,7 +46,7 @@ class Plan:
     """One checked merge.
 
     Attributes:
-        options: as given; `options.combination_type` is what the adapter is remembered by.
+        options: as `check_options` returned them; `options.combination_type` is what the adapter is remembered by.
         combination_type: what is applied: a single source is merged by `linear`, as in PEFT, unless by `average`.
         rank: the rank that a new adapter would have.
         config: the config that a new adapter would have.
@@ -65,7 +71,7 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
     Raises:
         ValueError: the sources cannot be merged this way.
     """
-    check_options(options)
+    options = check_options(options)
     for source in sources:
         check_source(source, adapters)
 
@@ -77,8 +83,8 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
         raise ValueError(f'combination_type {name!r} needs a density, the fraction of values to keep.')
     ranks = [adapters.rank(source) for source in sources]
     if combination.rank == 'same' and len(set(ranks)) > 1:
-        raise ValueError(f'combination_type {name!r} merges adapters of one rank, found {dict(zip(sources, ranks))}: '
-                         "use 'cat' or 'svd'.")
+        raise ValueError(f'combination_type {name!r} merges adapters of one rank, found '
+                         f"{shown(dict(zip(sources, ranks)))}: use 'cat' or 'svd'.")
     rank = sum(ranks) if combination.rank == 'sum' else max(ranks)
     if combination.rank == 'max' and options.svd_rank:
         rank = options.svd_rank
@@ -110,55 +116,109 @@ def check_sources(sources: Iterable[str], weights: Iterable[float]) -> Tuple[Lis
         TypeError: `sources` is not a list of strings, or `weights` not one of numbers.
         ValueError: there are no sources, or not as many weights, or a weight is not finite.
     """
-    if isinstance(sources, str) or not isinstance(sources, Iterable):
-        raise TypeError(f'adapters is expected to be a list of adapter names, found {sources!r}.')
-    if isinstance(weights, str) or not isinstance(weights, Iterable):
-        raise TypeError(f'weights is expected to be a list of numbers, found {weights!r}.')
-    names, numbers = list(sources), []
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f'adapters is expected to hold strings, found {name!r} in it.')
-    for weight in weights:
-        is_number = isinstance(weight, Real) or (hasattr(weight, '__float__') and getattr(weight, 'shape', None) == ())
-        if isinstance(weight, bool) or not is_number:
-            raise TypeError(f'weights is expected to hold numbers, found {weight!r} in it.')
-        try:
-            # PEFT multiplies with float32.
-            is_finite = math.isfinite(ctypes.c_float(weight).value)
-        except OverflowError:
-            is_finite = False
-        if not is_finite:
-            raise ValueError(f'weights is expected to hold finite numbers (of float32), found {weight!r} in it.')
-        numbers.append(float(weight))
-    if not names:
-        raise ValueError('adapters is expected to name at least one adapter to merge, found none.')
+    names, numbers = check_names(sources), []
+    # Of these, only the keys would be seen, or those that are equal once and in another order.
+    if isinstance(weights, (Mapping, AbstractSet)):
+        raise TypeError(f'weights is expected to be a list of numbers, found {shown(weights)}.')
+    for weight in _listed('weights', 'a list of numbers', weights):
+        number = _number(weight)
+        if number is None:
+            raise TypeError(f'weights is expected to hold numbers, found {shown(weight)} in it.')
+        # PEFT multiplies with float32.
+        if not math.isfinite(ctypes.c_float(number).value):
+            raise ValueError(f'weights is expected to hold finite numbers (of float32), found {shown(weight)} in it.')
+        numbers.append(number)
     if len(names) != len(numbers):
-        raise ValueError(f'adapters and weights are expected to be of one length, found {len(names)} adapters {names} '
-                         f'and {len(numbers)} weights {numbers}.')
+        raise ValueError(f'adapters and weights are expected to be of one length, found {len(names)} adapters '
+                         f'{shown(names)} and {len(numbers)} weights {shown(numbers)}.')
     return names, numbers
 
 
-def check_options(options: MergeOptions) -> None:
-    """Raises ValueError where an option is not one of its values."""
+def check_names(adapters: Iterable[str]) -> List[str]:
+    """Returns the names of adapters as a list.
 
-    def is_in(value: Any, low: float, high: float) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    Raises:
+        TypeError: `adapters` is not a list of strings.
+        ValueError: there are none.
+    """
+    names = _listed('adapters', 'a list of adapter names', adapters)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f'adapters is expected to hold strings, found {shown(name)} in it.')
+    if not names:
+        raise ValueError(f'adapters is expected to name at least one adapter, found none in {shown(adapters)}.')
+    return names
+
+
+def check_new_name(name: str) -> None:
+    """Checks the name for a new adapter.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: no adapter can have it.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f'adapter_name is expected to be a string, found {shown(name)}.')
+    if not name or '.' in name:
+        raise ValueError(f'adapter_name is expected to have no dot in it and not to be empty, found {shown(name)}: '
+                         'it becomes the name of a module.')
+    if any(hasattr(container, name) for container in _CONTAINERS):
+        raise ValueError(f'adapter_name is expected to be no attribute of torch modules, found {shown(name)}: it '
+                         'becomes the name of a module. Choose another one.')
+
+
+def check_options(options: MergeOptions) -> MergeOptions:
+    """Returns the options with Python's own numbers. Raises ValueError where one is not one of its values."""
+    numbers = {name: _number(getattr(options, name)) for name in ('svd_clamp', 'density')}
+    rank = options.svd_rank
+
+    def is_in(name: str, low: float, high: float) -> bool:
+        number = numbers[name]
+        return getattr(options, name) is None or (number is not None and low <= number <= high)
+
+    def is_one_of(name: str, values: Iterable[str]) -> bool:
+        value = getattr(options, name)
+        return isinstance(value, str) and value in values
 
     def expect(name: str, expected: str, is_right: bool) -> None:
         if not is_right:
-            raise ValueError(f'{name} is expected to be {expected}, found {getattr(options, name)!r}.')
+            raise ValueError(f'{name} is expected to be {expected}, found {shown(getattr(options, name))}.')
 
-    name, rank = options.combination_type, options.svd_rank
-    expect('combination_type', f'one of {list(COMBINATION_TYPES)}', isinstance(name, str) and name in COMBINATION_TYPES)
-    expect('svd_rank', 'a positive integer or None', rank is None
-           or (isinstance(rank, Integral) and not isinstance(rank, bool) and rank >= 0))
-    expect('svd_clamp', 'a quantile from 0 to 1 or None', options.svd_clamp is None or is_in(options.svd_clamp, 0, 1))
-    expect('svd_driver', "'gesvd', 'gesvdj', 'gesvda' or None", options.svd_driver
-           in (None, 'gesvd', 'gesvdj', 'gesvda'))
+    expect('combination_type', f'one of {list(COMBINATION_TYPES)}', is_one_of('combination_type', COMBINATION_TYPES))
+    # PEFT takes 0 for None.
+    expect('svd_rank', f'an integer from 1 to {_MAX_SVD_RANK} or None', rank is None
+           or (isinstance(rank, Integral) and not isinstance(rank, bool) and 0 <= rank <= _MAX_SVD_RANK))
+    expect('svd_clamp', 'a quantile from 0 to 1 or None', is_in('svd_clamp', 0, 1))
+    expect('svd_full_matrices', 'True or False', isinstance(options.svd_full_matrices, bool))
+    expect('svd_driver', "'gesvd', 'gesvdj', 'gesvda' or None", options.svd_driver is None
+           or is_one_of('svd_driver', ('gesvd', 'gesvdj', 'gesvda')))
     # PEFT allows more than 1, which prunes nothing.
-    expect('density', 'the fraction of values to keep, from 0 to 1', options.density is None
-           or is_in(options.density, 0, 2**31))
-    expect('majority_sign_method', "'total' or 'frequency'", options.majority_sign_method in ('total', 'frequency'))
+    expect('density', 'the fraction of values to keep, from 0 to 1', is_in('density', 0, 2**31))
+    expect('majority_sign_method', "'total' or 'frequency'", is_one_of('majority_sign_method', ('total', 'frequency')))
+    return replace(options, svd_rank=None if rank is None else int(rank), **numbers)
+
+
+def _listed(argument: str, expected: str, value: Any) -> List[Any]:
+    """Returns the items of an argument that is a list of anything, or raises TypeError."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError('Its items would be its characters.')
+        return list(value)
+    except Exception as e:  # a value's own `__iter__` may raise anything
+        raise TypeError(f'{argument} is expected to be {expected}, found {shown(value)}.') from e
+
+
+def _number(value: Any) -> Optional[float]:
+    """Returns a real number of any kind as a float, infinite where it is too large for one; None for what is none."""
+    try:
+        if getattr(value, 'shape', None) == ():
+            # A tensor or an array without dimensions.
+            value = value.item()
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    except OverflowError:
+        return math.inf
+    except Exception:  # a tensor on the meta device has no value; an object may raise anything
+        return None
 
 
 def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target: str) -> None:
@@ -183,14 +243,15 @@ def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target:
                 f'have {variant}={new!r}: make another one by `add_weighted_adapter`.')
         if new and lacking:
             raise ValueError(
-                f'Adapter {target!r} lacks layers {lacking} and cannot grow, for it has {variant}={old!r}: '
+                f'Adapter {target!r} lacks layers {shown(lacking)} and cannot grow, for it has {variant}={old!r}: '
                 'make another one by `add_weighted_adapter`.')
 
 
 def check_source(source: str, adapters: Adapters) -> None:
     """Raises ValueError where `source` is not a LoRA that can be merged."""
     if source not in adapters.configs:
-        raise ValueError(f'There is no adapter {source!r} to merge, only {sorted(adapters.configs)}.')
+        raise ValueError(f'There is no adapter {shown(source)} to merge, only '
+                         f'{shown(sorted(adapters.configs))}.')
     config = adapters.configs[source]
     if not isinstance(config, LoraConfig):
         raise ValueError(f'Adapter {source!r} is expected to be a LoRA, found a {type(config).__name__}.')
@@ -205,8 +266,9 @@ def _check_modules_to_save(adapters: Adapters, sources: Sequence[str]) -> None:
     for name, wrapper in LoraIndex.of(adapters.model).of_type(ModulesToSaveWrapper):
         holders = [source for source in sources if source in wrapper.modules_to_save]
         if len(holders) > 1:
-            raise ValueError(f'Adapters {holders} each hold a module {name!r} of their own (modules_to_save), which '
-                             'cannot be merged.')
+            raise ValueError(
+                f'Adapters {shown(holders)} each hold a module {name!r} of their own (modules_to_save), which '
+                'cannot be merged.')
 
 
 def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources: Sequence[str], combination_type: str,
@@ -214,19 +276,22 @@ def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources
     """Raises ValueError where the sources of one layer cannot be merged."""
     rule = COMBINATION_TYPES[combination_type].rank
     if not tensors:
-        raise ValueError(f'Adapters {list(sources)} have nothing to merge in layer {name!r}, which a new adapter would '
-                         f'have: that takes all target modules, and the other settings of {sources[0]!r}.')
+        raise ValueError(
+            f'Adapters {shown(list(sources))} have nothing to merge in layer {name!r}, which a new adapter would '
+            f'have: that takes all target modules, and the other settings of {sources[0]!r}.')
     merged = [source for source in sources if source in layer.merged_adapters]
     if merged:
-        raise ValueError(f'Adapters {merged} are merged into the base weights of layer {name!r}: unmerge them first.')
+        raise ValueError(
+            f'Adapters {shown(merged)} are merged into the base weights of layer {name!r}: unmerge them first.')
     shapes = {(*tensor.A.shape[1:], *tensor.B.shape[:1]) for tensor in tensors}
     if len(shapes) > 1:
-        raise ValueError(f'Adapters {list(sources)} are expected to be of one shape in layer {name!r}, found '
+        raise ValueError(f'Adapters {shown(list(sources))} are expected to be of one shape in layer {name!r}, found '
                          f'{sorted(shapes)}.')
     ranks = [tensor.A.shape[0] for tensor in tensors]
     if rule == 'same' and len(set(ranks)) > 1:
-        raise ValueError(f'combination_type {combination_type!r} merges adapters of one rank, found ranks {ranks} in '
-                         f"layer {name!r}: use 'cat' or 'svd'.")
+        raise ValueError(
+            f'combination_type {combination_type!r} merges adapters of one rank, found ranks {shown(ranks)} in '
+            f"layer {name!r}: use 'cat' or 'svd'.")
     if rule == 'max' and groups(layer) > 1:
         raise ValueError(f'combination_type {combination_type!r} cannot merge layer {name!r}, a convolution in '
                          f"{groups(layer)} groups: use 'linear' or 'average'.")
@@ -240,7 +305,7 @@ def _fused_config(configs: Sequence[LoraConfig], combination_type: str, rank: in
     targets = [config.target_modules for config in configs]
     if len({isinstance(target, str) for target in targets}) > 1:
         raise ValueError('The target modules of the adapters are expected to be all regular expressions or all lists, '
-                         f'found {targets}.')
+                         f'found {shown(targets)}.')
     target_modules: Union[str, Set[str]]
     if isinstance(targets[0], str):
         target_modules = '|'.join(f'({target})' for target in targets)
