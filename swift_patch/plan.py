@@ -91,6 +91,8 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
 
     config = _fused_config([adapters.config(source) for source in sources], name, rank)
     is_restricted, layers = _is_restricted(config), []
+    if is_restricted:
+        _check_other_layers(config, adapters, sources)
     for layer_name, layer in adapters.layers():
         found = [(source, weight, adapters.source(source, layer_name, layer))
                  for source, weight in zip(sources, weights)]
@@ -117,7 +119,7 @@ def check_sources(sources: Iterable[str], weights: Iterable[float]) -> Tuple[Lis
         ValueError: there are no sources, or not as many weights, or a weight is not finite.
     """
     names, numbers = check_names(sources), []
-    # Of these, only the keys would be seen, or those that are equal once and in another order.
+    # Iterating these would give the keys alone, or equal weights once and in any order.
     if isinstance(weights, (Mapping, AbstractSet)):
         raise TypeError(f'weights is expected to be a list of numbers, found {shown(weights)}.')
     for weight in _listed('weights', 'a list of numbers', weights):
@@ -269,6 +271,18 @@ def _check_modules_to_save(adapters: Adapters, sources: Sequence[str]) -> None:
             raise ValueError(
                 f'Adapters {shown(holders)} each hold a module {name!r} of their own (modules_to_save), which '
                 'cannot be merged.')
+
+
+def _check_other_layers(config: LoraConfig, adapters: Adapters, sources: Sequence[str]) -> None:
+    """Raises ValueError where a new adapter of this config would be in a layer that no adapter is in."""
+    for name, module in LoraIndex.of(adapters.model).modules:
+        if not isinstance(module, LoraLayer) and check_target_module_exists(config, name):
+            raise _nothing_to_merge(name, sources)
+
+
+def _nothing_to_merge(layer_name: str, sources: Sequence[str]) -> ValueError:
+    return ValueError(f'Adapters {list(sources)} have nothing to merge in layer {layer_name!r}, which a new adapter '
+                      f'would have: that takes all target modules, and the other settings of {sources[0]!r}.')
 
 
 def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources: Sequence[str], combination_type: str,
