@@ -8,7 +8,7 @@ from numbers import Integral
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from typing import Any, Iterable, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .adapters import Adapters, FusedRecord
 from .lora_index import factors
@@ -177,10 +177,11 @@ class FusionComposer:
             self._check_usable(sources, numbers)
             if not self._is_composed(sources, numbers):
                 self._last = None
+                # First, for nothing may fail once the adapter is refilled.
+                values = [tensor.detach().clone() for tensor in self._samples(sources)]
                 self._refill(sources, numbers, undo)
                 record = Adapters.of(self._tuner).record(self.adapter_name)
                 tensors = [(weakref.ref(tensor), *rest) for tensor, *rest in self._tensors(sources)]
-                values = [tensor.detach().clone() for tensor in self._samples(sources)]
                 self._last = _Composition(sources, numbers, record, tensors, values)
             self._activate()
             undo.pop_all()
@@ -222,7 +223,7 @@ class FusionComposer:
         Raises:
             TypeError: `adapters` is not a list of names.
             ValueError: An adapter does not exist, there is none, or `max_sources` is not a positive integer. The model
-            is as it was.
+                is as it was.
         """
         loaded = Adapters.of(self._tuner)
         if adapters is None:
@@ -334,7 +335,7 @@ class FusionComposer:
         Writing through `.data` counts nothing. Whatever writes a whole adapter so, like PEFT's hotswap, is seen here.
         """
         layers = Adapters.of(self._tuner).layers()
-        some = [layers[0], layers[len(layers) // 2], layers[-1]]
+        some = [*layers[:1], *layers[len(layers) // 2:][:1], *layers[-1:]]
         found = (factors(layer, source) for _, layer in some for source in sources)
         # One that is offloaded to the meta device holds nothing, and is another object once it is loaded.
         return [parameter for pair in found for parameter in pair or () if not parameter.is_meta]

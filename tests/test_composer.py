@@ -8,6 +8,7 @@ import weakref
 from models import (assert_close_deltas, assert_same_state, deltas, fresh, layers, loras, outputs, qwen2, state, stock,
                     swift_model)
 from swift.tuners import SwiftModel
+from torch import nn
 
 import swift_patch
 from swift_patch import FusionComposer
@@ -237,28 +238,39 @@ def test_a_model_without_adapters_or_patch_is_refused():
             composer.compose(['l0'])
 
 
-def test_a_compiled_model_can_be_composed_on():
+def test_a_hundred_compositions_do_not_make_a_compiled_model_compile_again():
     model = swift_model(loras())
-    composer = FusionComposer(torch.compile(model, backend='eager'))
-    composer.compose(['l0', 'l1'])
-    assert active(model) == ['fused']
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    composer = FusionComposer(compiled, 'mixture')
+    composer.reserve(max_sources=3)
+    composer.compose(['l0'])
+    outputs(compiled)
+    frames = counter.frame_count
+    for i in range(100):
+        composer.compose([f'l{(i + j) % 4}' for j in range(1 + i % 3)], [0.1 * i, 1.0, -0.3][:1 + i % 3])
+        torch.testing.assert_close(outputs(compiled), outputs(model), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == frames > 0
 
 
-def test_a_thousand_compositions_leave_no_more_tensors_or_memory(model):
+def test_ten_thousand_compositions_leave_no_more_tensors_modules_or_memory(build):
+    model = build(target_modules=['q_proj'])
     composer = FusionComposer(model)
     names = list(loras())
 
     def count():
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        found = gc.get_objects()
+        return [sum(isinstance(thing, kind) for thing in found) for kind in (torch.Tensor, nn.Module)]
 
-    for i in range(20):
-        composer.compose([names[i % 4], names[(i + 1) % 4]])
-    tensors, memory = count(), psutil.Process().memory_info().rss
     for i in range(1000):
         composer.compose([names[i % 4], names[(i + 1) % 4]], [i + 1, 1.0])
-    assert count() == tensors
-    assert psutil.Process().memory_info().rss < memory + 2**24
+    before, memory = count(), psutil.Process().memory_info().rss
+    for i in range(10_000):
+        composer.compose([names[i % 4], names[(i + 1) % 4]], [i + 1, 1.0])
+    assert count() == before
+    assert psutil.Process().memory_info().rss < memory + 2**23
 
 
 def test_a_dropped_model_is_collected():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from models import (PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, activate, add, assert_as_fresh, assert_close_deltas,
-                    assert_same_state, config, deltas, fresh, layers, loras, outputs, peft_model, qwen2,
+                    assert_same_state, config, deltas, fresh, inputs, layers, loras, outputs, peft_model, qwen2,
                     reproducible_masks, state, stock, swift_model, update)
 from peft import LoraConfig
 from swift.tuners import LoRAConfig, NEFTuneConfig, SwiftModel
@@ -350,7 +350,7 @@ def test_svd_of_lora_factors_never_forms_a_dense_delta(model, monkeypatch):
     assert_as_fresh(model, SOURCES, WEIGHTS, 'svd')
 
 
-def test_updates_do_not_make_a_compiled_model_compile_again():
+def test_a_hundred_updates_do_not_make_a_compiled_model_compile_again():
     model = swift_model(loras(count=3))
     add(model, ['l0', 'l1'], [0.5, 0.5], 'average')
     torch._dynamo.reset()
@@ -358,10 +358,29 @@ def test_updates_do_not_make_a_compiled_model_compile_again():
     compiled = torch.compile(model, backend=counter)
     outputs(compiled)
     frames = counter.frame_count
-    for i in range(5):
-        update(model, [f'l{i % 3}', f'l{(i + 1) % 3}'], [0.1 * i, 1.0])
+    for i in range(100):
+        update(model, [f'l{i % 3}', f'l{(i + 1) % 3}'], [0.1 * i, 1.0], ['average', 'linear', 'svd'][i % 3])
         torch.testing.assert_close(outputs(compiled), outputs(model), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == frames > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs need a GPU, and none is at hand')
+def test_a_hundred_updates_are_seen_by_a_captured_cuda_graph():
+    model = swift_model(loras(count=3)).cuda()
+    add(model, ['l0', 'l1'], [0.5, 0.5], 'average')
+    ids = inputs().cuda()
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(ids)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(ids).logits
+        for i in range(100):
+            update(model, [f'l{i % 3}', f'l{(i + 1) % 3}'], [0.1 * i, 1.0], ['average', 'linear', 'svd'][i % 3])
+            graph.replay()
+            torch.testing.assert_close(captured, model(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('combination_type', PEFT_TYPES)
