@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := swift_patch tests benchmarks
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test fuzz bench lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/swift-patch demo --output_dir demo_out
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Random histories against stock, STEPS steps in each wrapper; `make test` takes the same few hundred each time.
+fuzz: STEPS ?= 20000
+fuzz: $(VENV)/.installed
+	FUZZ_STEPS=$(STEPS) $(BIN)/python -m pytest tests/test_histories.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks -s $(PYTEST_ARGS)
