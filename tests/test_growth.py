@@ -2,8 +2,8 @@ import copy
 import logging
 import pytest
 import torch
-from models import (AllKinds, add, assert_as_fresh, assert_close_deltas, assert_same_state, config, deltas, loras,
-                    peft_model, qwen2, state, stock, swift_model, update)
+from models import (AllKinds, add, assert_as_fresh, assert_close_deltas, assert_same_state, config, deltas, layers,
+                    loras, peft_model, qwen2, state, stock, swift_model, update)
 from peft import LoraConfig
 from swift.tuners import LoRAConfig, Swift
 
@@ -22,12 +22,16 @@ def test_a_layer_that_the_adapter_lacks_is_added_and_logged_once(caplog):
 
 def test_a_larger_rank_makes_it_grow_once_and_a_smaller_one_is_padded(model, caplog):
     add(model)
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
     with caplog.at_level(logging.WARNING, 'swift_patch'):
         update(model, combination_type='cat')
+        assert [parameter.requires_grad for parameter in model.parameters()] == trainable
         addresses = [parameter.data_ptr() for parameter in model.parameters()]
         update(model, ['l0', 'l1'], [1.0, 2.0], 'cat')
         update(model, ['l0', 'l1'], [1.0, 2.0], 'linear')
     assert len(caplog.records) == 1
+    for layer in layers(model).values():
+        assert layer.lora_A['fused'].out_features == layer.lora_B['fused'].in_features == layer.r['fused'] == 12
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
     assert_as_fresh(model, ['l0', 'l1'], [1.0, 2.0], 'linear')
 
@@ -53,6 +57,15 @@ def test_a_saved_fused_adapter_is_loaded_as_it_was(tmp_path):
     loaded = Swift.from_pretrained(qwen2(), str(tmp_path), adapter_name=['fused'])
     for name, delta in deltas(loaded, 'fused').items():
         torch.testing.assert_close(delta, deltas(model, 'fused')[name])
+
+
+def test_a_saved_fused_adapter_that_got_more_layers_is_loaded_as_it_was(tmp_path):
+    model = swift_model({**loras(2), 'first': LoRAConfig(r=4, target_modules=['q_proj'], exclude_modules=['k_proj'])})
+    add(model, ['first'], [1.0])
+    update(model, ['l0', 'l1'], [0.5, 0.5])
+    model.save_pretrained(str(tmp_path), adapter_name='fused')
+    loaded = Swift.from_pretrained(qwen2(), str(tmp_path), adapter_name=['fused'])
+    assert deltas(loaded, 'fused').keys() == deltas(model, 'fused').keys() == layers(model).keys()
 
 
 def test_a_model_whose_growth_fails_is_as_it_was(model, monkeypatch):
@@ -81,3 +94,15 @@ def test_a_grouped_convolution_grows_to_a_rank_that_its_groups_divide():
     torch.testing.assert_close(fused['base_model.model.grouped'], 0.3 * a['base_model.model.grouped'])
     torch.testing.assert_close(fused['base_model.model.linear'],
                                0.3 * a['base_model.model.linear'] + 0.4 * odd['base_model.model.linear'])
+
+
+def test_a_model_that_fails_to_get_more_layers_is_as_it_was(monkeypatch):
+    model = swift_model({**loras(2), 'narrow': LoRAConfig(r=4, target_modules=['q_proj'])})
+    add(model, ['narrow'], [1.0])
+    before = state(model), config(model, 'fused').to_dict()
+    monkeypatch.setattr(torch.Tensor, 'copy_', None)
+    with pytest.raises(TypeError):
+        update(model, ['l0', 'l1'], [0.5, 0.5], 'cat')
+    monkeypatch.undo()
+    assert_same_state(state(model), before[0])
+    assert config(model, 'fused').to_dict() == before[1]

@@ -31,6 +31,12 @@ def test_it_does_not_grow_with_the_adapters():
     assert len(few.modules) == len(many.modules)
 
 
+def test_a_model_without_children_has_one_too():
+    model = nn.Linear(2, 2)
+    assert LoraIndex.of(model) is LoraIndex.of(model)
+    assert LoraIndex.of(model).layers() == []
+
+
 def test_it_is_kept_while_the_model_is_the_same():
     model = swift_model(loras()).model
     assert LoraIndex.of(model) is LoraIndex.of(model)
@@ -83,3 +89,18 @@ def test_factors_are_the_parameters_themselves_or_none():
     model = peft_model({'a': LoraConfig(target_modules=['embed_tokens'])}, qwen2())
     layer = LoraIndex.of(model).layers()[0][1]
     assert factors(layer, 'a').A is layer.lora_embedding_A['a']
+
+
+def test_a_layer_that_two_modules_share_is_found_once():
+    model = swift_model(loras(1, target_modules=['q_proj'])).model
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    assert len(LoraIndex.of(model).layers()) == 1
+    assert LoraIndex.of(model).layers() == walked(model)
+
+
+def test_it_notices_that_a_model_keeps_its_children_elsewhere_now():
+    model = swift_model(loras(1, target_modules=['q_proj'])).model
+    LoraIndex.of(model)
+    model._modules = dict(model._modules)
+    model.more = copy.deepcopy(model.model.layers[0])
+    assert LoraIndex.of(model).layers() == walked(model)

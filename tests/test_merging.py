@@ -114,3 +114,16 @@ def test_the_dense_delta_of_a_convolution_is_the_convolution_of_its_factors():
     result = merging._dense_delta(Source(A, B, 1.0, 0.5), False)
     torch.testing.assert_close(result.reshape(expected.shape), expected)
     assert result.flatten(1).shape == task_arithmetic([expected.flatten(1)], torch.ones(1)).shape
+
+
+def test_the_dense_delta_of_half_precision_factors_is_rounded_once():
+    A, B = torch.randn(4, 50).bfloat16(), torch.randn(30, 4).bfloat16()
+    result = merging._dense_delta(Source(A, B, 1.0, 0.3), False)
+    assert torch.equal(result, (B.float() @ A.float() * 0.3).bfloat16())
+
+
+@pytest.mark.parametrize('name', COMBINATION_TYPES)
+def test_half_precision_sources_make_half_precision_factors_unless_decomposed(name):
+    found = [Source(torch.randn(2, 5).bfloat16(), torch.randn(4, 2).bfloat16(), 0.5, 2.0) for _ in range(2)]
+    pair = merge(name, found, 2, density=0.5)
+    assert {pair.A.dtype, pair.B.dtype} == {torch.float32 if name.endswith('svd') else torch.bfloat16}

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from models import (PROJECTIONS, SOURCES, WEIGHTS, activate, add, assert_as_fresh, assert_same_state, config, deltas,
-                    fresh, layers, loras, peft_model, qwen2, state, swift_model, update)
+from models import (PEFT_TYPES, PROJECTIONS, SOURCES, WEIGHTS, activate, add, assert_as_fresh, assert_close_deltas,
+                    assert_same_state, config, deltas, fresh, layers, loras, peft_model, qwen2, state, swift_model,
+                    update)
 from peft import LoraConfig
 from swift.tuners import LoRAConfig, Swift
 
@@ -147,3 +148,63 @@ def test_loras_that_ms_swift_loaded_from_disk_can_be_merged(tmp_path):
     assert_as_fresh(trained, SOURCES, WEIGHTS, 'linear')
     for name, delta in deltas(trained, 'fused').items():
         assert torch.equal(deltas(model, 'fused')[name], delta)
+
+
+@pytest.mark.parametrize('combination_type', [name for name, options in PEFT_TYPES.items() if 'density' in options])
+def test_every_type_that_prunes_needs_a_density(combination_type):
+    model = swift_model(loras(2, target_modules=['q_proj']))
+    with pytest.raises(ValueError, match='density'):
+        model.add_weighted_adapter(['l0', 'l1'], [1.0, 1.0], 'fused', combination_type)
+
+
+def test_target_modules_that_are_regular_expressions_are_joined_as_in_stock():
+    model = swift_model({
+        'q': LoRAConfig(r=4, target_modules='.*q_proj'),
+        'up': LoRAConfig(r=4, target_modules='.*up_proj')
+    })
+    add(model, ['q', 'up'], [1.0, 0.5])
+    oracle = fresh(model, ['q', 'up'], [1.0, 0.5], 'linear')
+    assert config(model, 'fused').target_modules == config(oracle, 'oracle').target_modules
+    assert_as_fresh(model, ['q', 'up'], [1.0, 0.5], 'linear')
+
+
+def test_sources_of_other_shapes_in_one_layer_are_refused(model):
+    add(model)
+    before = state(model)
+    list(layers(model).values())[3].lora_A['l0'].weight.data = torch.zeros(4, 7)
+    with pytest.raises(ValueError, match='of one shape in layer'):
+        update(model)
+    fused = {name: values for name, values in before.items() if '.fused.' in name}
+    assert_same_state({name: state(model)[name] for name in fused}, fused)
+
+
+@pytest.mark.parametrize('cls', [LoRAConfig, LoraConfig])
+def test_a_fused_dora_is_refilled_from_doras_but_does_not_grow(cls):
+    model = (swift_model if cls is LoRAConfig else peft_model)({
+        **loras(3, cls, use_dora=True, target_modules=['q_proj']), 'wide':
+        cls(r=4, use_dora=True, target_modules=['q_proj', 'up_proj'])
+    })
+    add(model, ['l0', 'l1'])
+    update(model)
+    assert_close_deltas(model, 'fused', fresh(model, SOURCES, WEIGHTS, 'linear'))
+    before = state(model)
+    with pytest.raises(ValueError, match='cannot grow'):
+        update(model, ['wide'], [1.0])
+    assert_same_state(state(model), before)
+
+
+def test_sources_whose_settings_leave_a_layer_without_any_of_them_are_refused_as_in_stock(build):
+    # The first one's layers are taken, and the target modules of both: down_proj of layer 0 would be new.
+    model = build(
+        count=2,
+        target_modules=PROJECTIONS[:2],
+        layers_to_transform=[[0], [1]],
+    )
+    config(model, 'l0').target_modules = {*PROJECTIONS[:2], 'down_proj'}
+    with pytest.raises((ValueError, IndexError)):
+        fresh(model, ['l0', 'l1'], WEIGHTS[:2], 'cat')
+    before = state(model)
+    for combination_type in ('linear', 'cat', 'svd'):
+        with pytest.raises(ValueError, match='nothing to merge in layer'):
+            model.add_weighted_adapter(['l0', 'l1'], WEIGHTS[:2], 'fused', combination_type)
+    assert_same_state(state(model), before)

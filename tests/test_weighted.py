@@ -168,6 +168,13 @@ def test_average_is_the_weighted_sum_of_the_factors_with_the_scaling_kept(build)
         torch.testing.assert_close(delta, added[name])
 
 
+def test_a_single_source_is_averaged_by_its_weight_too(model):
+    add(model, ['l0', 'l1'], combination_type='average')
+    update(model, ['l2'], [0.6])
+    for name, delta in deltas(model, 'fused').items():
+        torch.testing.assert_close(delta, 0.6**2 * deltas(model, 'l2')[name])
+
+
 def test_average_keeps_each_sources_own_delta_where_scalings_differ(build):
     model = build(lora_alpha=[8, 2, 5])
     add(model, SOURCES, WEIGHTS, 'average')
@@ -259,11 +266,13 @@ def test_bfloat16_is_summed_in_float32_and_stays_bfloat16(combination_type):
     assert_close_deltas(model, 'fused', fresh(model, SOURCES, WEIGHTS, combination_type, **options), 2e-2)
 
 
-def test_float64_sees_the_weights_that_stock_sees():
+@pytest.mark.parametrize('combination_type', ['linear', 'cat', 'svd', 'ties_svd'])
+def test_float64_sees_the_weights_that_stock_sees(combination_type):
     model = swift_model(loras(), qwen2().double()).double()
     add(model)
-    update(model, SOURCES, [0.1, 0.2, 0.7], 'linear')
-    assert_close_deltas(model, 'fused', fresh(model, SOURCES, [0.1, 0.2, 0.7], 'linear'), 1e-12)
+    options = PEFT_TYPES[combination_type]
+    update(model, SOURCES, [0.1, 0.2, 0.7], combination_type, **options)
+    assert_close_deltas(model, 'fused', fresh(model, SOURCES, [0.1, 0.2, 0.7], combination_type, **options), 1e-12)
 
 
 def test_a_copied_model_has_a_fused_adapter_of_its_own(model):
