@@ -10,6 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typing import Callable, Iterator, Optional
 
+from ..messages import shown
+
+# All of them are made before the first is answered.
+_MAX_SAMPLES = 100_000
+
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     """Adds the command `demo` to those of `swift-patch`."""
@@ -36,8 +41,16 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 where both paths gave the same answers, 1 where they did not, 2 after a user's mistake.
     """
-    if args.samples < 1:
-        print(f'swift-patch demo: error: --samples is expected to be positive, found {args.samples}.', file=sys.stderr)
+    if not 1 <= args.samples <= _MAX_SAMPLES:
+        print(
+            f'swift-patch demo: error: --samples is expected to be from 1 to {_MAX_SAMPLES}, found '
+            f'{shown(args.samples)}.',
+            file=sys.stderr)
+        return 2
+    if not args.stock_seconds >= 0:  # NaN, too
+        print(
+            f'swift-patch demo: error: --stock_seconds is expected to be 0 or more, found {args.stock_seconds}.',
+            file=sys.stderr)
         return 2
     start = time.perf_counter()
     try:

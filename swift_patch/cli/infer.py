@@ -89,11 +89,12 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         '--top_k', type=_number(int, -1), help='sample from the k likeliest tokens; 0 or -1 is all of them')
     group.add_argument(
         '--top_p', type=_number(float, 0, 1), help='sample from the likeliest tokens with this probability in sum')
-    group.add_argument('--repetition_penalty', type=float, help='the penalty for repeated tokens; 1 is none')
+    group.add_argument(
+        '--repetition_penalty', type=_number(float, 0), help='the penalty for repeated tokens; 1 is none')
     group.add_argument('--num_beams', type=_number(int, 1), help='the number of beams; 1 is no beam search')
     group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
     _add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
-    group.add_argument('--top_logprobs', type=int, help='how many log probabilities for each position')
+    group.add_argument('--top_logprobs', type=_number(int, 0), help='how many log probabilities for each position')
     group.add_argument('--seed', type=int, help='seeds sampling, for each sample anew (default: 42)')
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
+from ..messages import shown
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from swift.tuners import SwiftModel
@@ -137,6 +139,8 @@ def find_checkpoints(adapters: Mapping[str, Union[str, Path]]) -> List[AdapterCh
                 _read_object(f'{checkpoint}:', checkpoint.path / ARGS_NAME)
             _check_config(checkpoint)
             _lora_shapes(checkpoint)
+        except OSError as e:  # a name that is too long, a folder without permission
+            problems.append(f'adapter {name!r} ({path}): {e.strerror or e}.')
         except ValueError as e:
             problems.append(str(e))
         else:
@@ -166,7 +170,7 @@ def check_base_model(checkpoints: Sequence[AdapterCheckpoint], model_dir: Union[
             # An output head grows with new tokens after its weights were read.
             if segment != 'lora_A' or len(base_shape) != 2 or module.endswith('lm_head'):
                 continue
-            lora_shape = (shapes[module, 'lora_B', stored_name][0], a_shape[1])
+            lora_shape = (*shapes[module, 'lora_B', stored_name][:1], *a_shape[1:])
             # Conv1D keeps its weight transposed.
             if sorted(base_shape) != sorted(lora_shape):
                 raise ValueError(f'{checkpoint} does not belong to the base model {model_dir}: {module} is '
@@ -278,10 +282,10 @@ def _read_config(prefix: str, folder: Path) -> Dict[str, Any]:
 def _read_object(prefix: str, file: Path) -> Dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f'{prefix} cannot read {file}: {e}') from e
     if not isinstance(data, dict):
-        raise ValueError(f'{prefix} {file} must hold an object.')
+        raise ValueError(f'{prefix} {file} must hold an object, found {shown(data)}.')
     return data
 
 
@@ -289,14 +293,16 @@ def _check_config(checkpoint: AdapterCheckpoint) -> None:
     config = checkpoint.config
     kind = config.get('swift_type' if checkpoint.is_swift else 'peft_type')
     if kind != 'LORA':
-        raise ValueError(f'{checkpoint}: this is an adapter of type {kind}, not LORA.')
+        raise ValueError(f'{checkpoint}: this is an adapter of type {kind!s:.60}, not LORA.')
     for option, harmless in _UNFUSABLE.items():
         if config.get(option) not in harmless:
-            raise ValueError(f'{checkpoint}: it was trained with {option}={config[option]!r}, which cannot be fused.')
+            raise ValueError(
+                f'{checkpoint}: it was trained with {option}={shown(config[option])}, which cannot be fused.')
     init = config.get('init_lora_weights')
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise ValueError(f'{checkpoint}: it was trained with init_lora_weights={init!r}, which changes the base model; '
-                         f'give the converted checkpoint.')
+        raise ValueError(
+            f'{checkpoint}: it was trained with init_lora_weights={shown(init)}, which changes the base model; '
+            f'give the converted checkpoint.')
 
 
 def _lora_shapes(checkpoint: AdapterCheckpoint) -> Dict[Tuple[str, str, str], Tuple[int, ...]]:
@@ -337,11 +343,12 @@ def _header_shapes(prefix: str, file: Path) -> Dict[str, Tuple[int, ...]]:
 
 def _base_shapes(model_dir: Path) -> Dict[str, Tuple[int, ...]]:
     config_file = model_dir / 'config.json'
-    if not config_file.is_file() or 'quantization_config' in json.loads(config_file.read_text(encoding='utf-8')):
+    prefix = f'base model ({model_dir}):'
+    if not config_file.is_file() or 'quantization_config' in _read_object(prefix, config_file):
         return {}
     shapes: Dict[str, Tuple[int, ...]] = {}
     for file in model_dir.glob('model*.safetensors'):
-        shapes.update(_header_shapes(f'base model ({model_dir}):', file))
+        shapes.update(_header_shapes(prefix, file))
     return shapes
 
 
@@ -349,12 +356,12 @@ def _load_as_swift(model: 'nn.Module', checkpoints: Sequence[Tuple[AdapterCheckp
     from swift.tuners import SwiftModel
     from swift.tuners.utils import SwiftConfig
     for checkpoint, alias in checkpoints:
-        config = SwiftConfig.from_pretrained(str(checkpoint.folder))
-        for option in ('target_modules', 'exclude_modules'):
-            # JSON has no sets, and PEFT's `add_weighted_adapter` takes nothing else.
-            if isinstance(getattr(config, option), list):
-                setattr(config, option, set(getattr(config, option)))
         with _names_adapter(checkpoint):
+            config = SwiftConfig.from_pretrained(str(checkpoint.folder))
+            for option in ('target_modules', 'exclude_modules'):
+                # JSON has no sets, and PEFT's `add_weighted_adapter` takes nothing else.
+                if isinstance(getattr(config, option), list):
+                    setattr(config, option, set(getattr(config, option)))
             model = SwiftModel(model, {alias: config}, inference_mode=True)
             tensors = {lora_parameter_name(key, alias): tensor for key, tensor in checkpoint.load_tensors().items()}
             # Not `SwiftModel.load_state_dict`, which replaces text in the keys.
@@ -375,10 +382,10 @@ def _names_adapter(checkpoint: AdapterCheckpoint) -> Iterator[None]:
     """Turn what torch, PEFT and ms-swift raise about an adapter that does not fit into a ValueError that names it."""
     try:
         yield
-    except (OSError, ImportError, AssertionError, RuntimeError, ValueError, KeyError) as e:
+    except Exception as e:  # a config may hold values of any type, and then raises whatever comes
         # Torch lists every tensor that does not fit; the first one says enough.
         reason = ' '.join(line.strip() for line in str(e).splitlines()[:2])
-        raise ValueError(f'{checkpoint} cannot be loaded onto this base model: {reason}') from e
+        raise ValueError(f'{checkpoint} cannot be loaded onto this base model: {reason:.1000}') from e
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """The input of `swift-patch infer`: JSON lines, all of them checked before anything expensive is done."""
 import codecs
+import ctypes
 import difflib
+import itertools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Collection, Dict, Iterator, List, Optional, Set, Tuple, Union
+
+from ..messages import shown
 
 # What ms-swift's own datasets accept.
 ROLES = ('system', 'user', 'assistant', 'tool_call', 'tool_response', 'tool')
@@ -19,7 +23,10 @@ RESULT_KEYS = ('response', 'labels', 'logprobs', 'merge_method', 'line')
 # What a misspelled key most likely stands for. Any other key that is unknown is the user's own.
 _GUARDED_KEYS = ('adapters', 'weights')
 
+# Problems that are told of one line, and that the message shows of a file: one line may have millions.
 _MAX_SHOWN = 20
+# Longer ones are no misspellings, and comparing them would take long.
+_MAX_SPELLED = 100
 
 
 class DatasetError(ValueError):
@@ -27,8 +34,8 @@ class DatasetError(ValueError):
 
     Attributes:
         path: The dataset.
-        problems: All of them in the order of the file, each as (line number counted from 1, description). The message
-            of the exception shows the first twenty.
+        problems: All of them in the order of the file (of one line, the first twenty), each as (line number counted
+            from 1, description). The message of the exception shows the first twenty.
     """
 
     def __init__(self, path: Union[str, Path], problems: List[Tuple[int, str]]) -> None:
@@ -73,13 +80,13 @@ def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]
         The samples in the order of the file.
 
     Raises:
-        DatasetError: If any line is wrong. It holds every problem of the file.
+        DatasetError: If any line is wrong. It holds the problems of every line.
         ValueError: If the file cannot be read or has no samples.
     """
     try:
         content = Path(path).read_bytes()
-    except OSError as e:
-        raise ValueError(f'Cannot read the dataset {path}: {e.strerror}.') from e
+    except (OSError, ValueError) as e:  # a path with a NUL in it is a ValueError
+        raise ValueError(f'Cannot read the dataset {path}: {getattr(e, "strerror", None) or e}.') from e
     samples: List[Sample] = []
     problems: List[Tuple[int, str]] = []
     # Not `splitlines`: it also splits at characters that JSON allows inside of strings.
@@ -91,7 +98,8 @@ def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]
         except ValueError as e:
             problems.append((number, str(e)))
             continue
-        found = [*_check_messages(data), *_check_adapters(data, names), *_check_keys(data)]
+        all_found = itertools.chain(_check_messages(data), _check_adapters(data, names), _check_keys(data))
+        found = list(itertools.islice(all_found, _MAX_SHOWN))
         if found:
             problems += [(number, problem) for problem in found]
         else:
@@ -116,7 +124,7 @@ def _parse(line: bytes) -> Dict[str, Any]:
     except json.JSONDecodeError as e:
         raise ValueError(f'not JSON: {e.msg} at column {e.colno}') from e
     except UnicodeEncodeError as e:
-        raise ValueError(f'not Unicode: {e.object[e.start:e.end]!r} is half of a surrogate pair') from e
+        raise ValueError(f'not Unicode: {e.object[e.start]!r} is half of a surrogate pair') from e
     except RecursionError as e:
         raise ValueError('not JSON that can be read: nested too deep') from e
     if not isinstance(data, dict):
@@ -128,7 +136,7 @@ def _unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     data: Dict[str, Any] = {}
     for key, value in pairs:
         if key in data:
-            raise ValueError(f'the key {key!r} occurs twice in one object')
+            raise ValueError(f'the key {shown(key)} occurs twice in one object')
         data[key] = value
     return data
 
@@ -160,7 +168,7 @@ def _check_message(message: Any, *, is_first: bool) -> Optional[str]:
         return f'must be an object with role and content, got {_kind(message)}'
     role = message.get('role')
     if role not in ROLES:
-        return f'role must be one of {", ".join(ROLES)}, got {role!r}'
+        return f'role must be one of {", ".join(ROLES)}, got {shown(role)}'
     if role == 'system' and not is_first:
         return 'only the first message may have the role system'
     content = message.get('content')
@@ -185,13 +193,16 @@ def _check_adapters(data: Dict[str, Any], names: Collection[str]) -> Iterator[st
     if not isinstance(adapters, list) or not adapters:
         yield _expected(data, 'adapters', 'a non-empty list of adapter names')
         return
+    seen: Set[str] = set()
     for i, name in enumerate(adapters):
         if not isinstance(name, str):
             yield f'adapters[{i}] must be a name, got {_kind(name)}'
         elif name not in names:
-            yield f'unknown adapter {name!r}; {_suggest(name, names)}'
-        elif name in adapters[:i]:
-            yield f'the adapter {name!r} is named twice; add up its weights instead'
+            yield f'unknown adapter {shown(name)}; {_suggest(name, names)}'
+        elif name in seen:
+            yield f'the adapter {shown(name)} is named twice; add up its weights instead'
+        else:
+            seen.add(name)
     # JSON that went through a table has null where a row has no value.
     weights = data.get('weights')
     if weights is None:
@@ -203,7 +214,8 @@ def _check_adapters(data: Dict[str, Any], names: Collection[str]) -> Iterator[st
         yield f'`weights` has {len(weights)} entries for {len(adapters)} adapters'
     wrong = [weight for weight in weights if not _is_finite_number(weight)]
     if wrong:
-        yield f'weights must be finite numbers, got {", ".join(map(_kind, wrong))}'
+        yield (f'weights must be finite numbers of float32, got {", ".join(map(_kind, wrong[:3]))}'
+               f'{", ..." if len(wrong) > 3 else ""}')
     elif weights and not any(weights):
         yield 'weights are all zero'
 
@@ -214,6 +226,8 @@ def _check_keys(data: Dict[str, Any]) -> Iterator[str]:
             yield f'the key {key!r} is one that result lines add; rename it'
     missing = [key for key in _GUARDED_KEYS if key not in data]
     for key in data:
+        if len(key) > _MAX_SPELLED:
+            continue
         for meant in difflib.get_close_matches(key.lower(), missing, n=1, cutoff=0.8):
             yield f'unknown key {key!r}; did you mean {meant!r}? (if not, rename it)'
 
@@ -243,7 +257,8 @@ def _is_finite_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
-        return math.isfinite(value)
+        # What adapters are merged with.
+        return math.isfinite(ctypes.c_float(value).value)
     except OverflowError:  # an integer beyond the range of floats
         return False
 
@@ -255,11 +270,11 @@ def _expected(data: Dict[str, Any], key: str, what: str) -> str:
 
 
 def _suggest(name: str, names: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, names)
+    close = difflib.get_close_matches(name, names) if len(name) <= _MAX_SPELLED else []
     if close:
-        return f'did you mean {" or ".join(map(repr, close))}?'
-    shown = ', '.join(map(repr, list(names)[:10]))
-    return f'known are {shown}{", ..." if len(names) > 10 else ""}'
+        return f'did you mean {" or ".join(map(shown, close))}?'
+    known = ', '.join(map(shown, list(names)[:10]))
+    return f'known are {known}{", ..." if len(names) > 10 else ""}'
 
 
 def _kind(value: Any) -> str:

@@ -28,9 +28,8 @@ def load_engine(args: 'BaseArguments',
     # The adapters are ours to load, so that none of them needs the name that ms-swift would give it.
     try:
         model, template = prepare_model_template(args, adapters=[])
-    except (OSError, ImportError, AssertionError, RuntimeError, ValueError) as e:
-        # No such device, no such attention implementation, out of memory, a damaged file.
+    except Exception as e:  # no such device, no such attention implementation, out of memory, a damaged file, ...
         reason = ' '.join(str(e).split())
-        raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason}') from e
+        raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason:.1000}') from e
     model, aliases = load_adapters(model, checkpoints)
     return TransformersEngine(model, template=template, max_batch_size=1), aliases

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
+from ..messages import shown
 from ..patching import is_applied
 from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
@@ -25,6 +26,8 @@ _RECORDED = ('model_type', 'model_revision', 'torch_dtype', 'attn_impl', 'templa
              'top_p', 'repetition_penalty', 'num_beams', 'stop_words', 'logprobs', 'top_logprobs', 'seed')
 # Where a model runs and how it is fetched does not make another run of it, and a token belongs in no file.
 _NOT_RECORDED = ('model', 'device_map', 'use_hf', 'hub_token')
+# Settings that are told to be other than those of a result file.
+_MAX_CHANGES = 10
 
 
 @dataclass
@@ -158,7 +161,8 @@ class ResultFile:
         self._size = 0
         if config.overwrite or not self.path.exists():
             return
-        content = self.path.read_bytes()
+        with _told_as(f'Cannot read {self.path}'):
+            content = self.path.read_bytes()
         # A killed run may have left a part of a line, and nothing after it.
         self._size = content.rfind(b'\n') + 1
         lines = content[:self._size].split(b'\n')[:-1]
@@ -180,7 +184,11 @@ class ResultFile:
             if not self._size:
                 # Before the first line and in one step: lines without settings could not be resumed.
                 tmp = Path(f'{self.settings_path}.tmp')
-                tmp.write_text(json.dumps(self.settings, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
+                # A path that is not Unicode has halves of surrogate pairs, which become escapes of JSON so.
+                tmp.write_text(
+                    json.dumps(self.settings, ensure_ascii=False, indent=2) + '\n',
+                    encoding='utf-8',
+                    errors='backslashreplace')
                 os.replace(tmp, self.settings_path)
         try:
             yield file
@@ -192,24 +200,28 @@ class ResultFile:
     def _check_settings(self) -> None:
         try:
             old = json.loads(self.settings_path.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise self._mismatch(f'its settings in {self.settings_path} cannot be read: {e}') from e
+        if not isinstance(old, dict):
+            raise self._mismatch(f'its settings in {self.settings_path} are expected to be an object, found '
+                                 f'{shown(old)}')
         changed = [
-            f'{key} was {_show(old.get(key))} and is now {_show(self.settings.get(key))}'
+            f'{key:.60} was {_show(old.get(key))} and is now {_show(self.settings.get(key))}'
             for key in dict.fromkeys([*old, *self.settings]) if old.get(key) != self.settings.get(key)
         ]
         if changed:
-            raise self._mismatch('; '.join(changed))
+            raise self._mismatch('; '.join(changed[:_MAX_CHANGES]) + ('; ...' if len(changed) > _MAX_CHANGES else ''))
 
     def _check_line(self, number: int, line: bytes, sample: Sample, config: InferConfig) -> None:
         try:
             finished = json.loads(line)
             expected = _result_line(config, sample, finished['response'], finished['logprobs'])
-        except (ValueError, KeyError, TypeError) as e:
-            raise self._mismatch(f'line {number} is not a result line') from e
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise self._mismatch(f'line {number} is not a result line, found {shown(line)}') from e
         for key in dict.fromkeys([*expected, *finished]):
             if expected.get(key) != finished.get(key):
-                raise self._mismatch(f'in its line {number}, {key} is not that of line {sample.line} of the dataset')
+                raise self._mismatch(
+                    f'in its line {number}, {key:.60} is not that of line {sample.line} of the dataset')
 
     def _mismatch(self, reason: str) -> ValueError:
         return ValueError(f'Cannot resume {self.path}: {reason}. Run with what it was made with, or give --overwrite '
@@ -328,7 +340,7 @@ def _check_template(config: InferConfig, args: 'BaseArguments', samples: Sequenc
         try:
             length = len(template.encode(request)['input_ids'])
         except Exception as e:  # templates raise whatever comes: assertions, KeyError, ValueError
-            problems.append((sample.line, f"the model's template refuses it: {type(e).__name__}: {e}"))
+            problems.append((sample.line, f"the model's template refuses it: {type(e).__name__}: {str(e):.300}"))
             continue
         if max_model_len is not None and length >= max_model_len:
             problems.append((sample.line, f'{length} tokens leave no room for an answer in {max_model_len}'))

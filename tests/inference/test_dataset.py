@@ -1,10 +1,13 @@
 """Every line of a dataset is checked, and everything that is wrong is told with its line number."""
 import json
+import math
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Callable, Dict, List, Tuple, Union
 
-from swift_patch.inference.dataset import DatasetError, read_dataset
+from swift_patch.inference.dataset import ROLES, DatasetError, read_dataset
 
 USER = {'role': 'user', 'content': 'hello'}
 NAMES = ('lora', 'A', 'default')
@@ -103,9 +106,10 @@ def test_content_may_be_what_ms_swift_takes(tmp_path: Path) -> None:
     (line(weights=1), '`weights` must be a list of numbers, got 1'),
     (line(weights=[1]), '`weights` has 1 entries for 2 adapters'),
     (line(weights=[]), '`weights` has 0 entries for 2 adapters'),
-    (line(weights=[1, '2']), "weights must be finite numbers, got the string '2'"),
-    (line(weights=[1, True]), 'weights must be finite numbers, got true'),
-    (line(weights=[1, 10**400]), 'weights must be finite numbers, got a number that is too large'),
+    (line(weights=[1, '2']), "weights must be finite numbers of float32, got the string '2'"),
+    (line(weights=[1, True]), 'weights must be finite numbers of float32, got true'),
+    (line(weights=[1, 10**400]), 'weights must be finite numbers of float32, got a number that is too large'),
+    (line(weights=[1, 1e39]), 'weights must be finite numbers of float32, got 1e+39'),
     (line(weights=[0, 0.0]), 'weights are all zero'),
     (line(wieghts=[0.6, 0.4]), "unknown key 'wieghts'; did you mean 'weights'?"),
     (line(Weight=[0.6, 0.4]), "unknown key 'Weight'; did you mean 'weights'?"),
@@ -142,3 +146,109 @@ def test_a_file_without_samples_and_no_file_are_told(tmp_path: Path) -> None:
         read_dataset(write(tmp_path, '', ''), NAMES)
     with pytest.raises(ValueError, match='Cannot read the dataset .*No such file'):
         read_dataset(tmp_path / 'none.jsonl', NAMES)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
+    | st.sampled_from([*NAMES, *ROLES, 10**400, 1e39]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(['role', 'content', 'type', 'text', 'tool_calls']) | st.text(), inner, max_size=3),
+    max_leaves=8)
+KEYS = st.sampled_from(['messages', 'adapters', 'weights', 'adaptors', 'response', 'images', 'tools'])
+
+
+def assert_read_or_told(path: Path, num_lines: int) -> None:
+    """Whatever a file holds: it is read, or what is wrong is told shortly and with the number of its line."""
+    try:
+        samples = read_dataset(path, NAMES)
+    except DatasetError as e:
+        assert all(1 <= number <= num_lines for number, _ in e.problems)
+        assert all(len(text) < 500 for _, text in e.problems) and len(str(e)) < 12_000
+        assert str(path) in str(e) and f'line {e.problems[0][0]}: {e.problems[0][1]}' in str(e)
+    except ValueError as e:
+        assert str(path) in str(e) and 'has no samples' in str(e)
+    else:
+        for sample in samples:
+            assert 1 <= sample.line <= num_lines
+            assert sample.adapters and set(sample.adapters) <= set(NAMES)
+            assert len(sample.weights) == len(sample.adapters) and all(map(math.isfinite, sample.weights))
+            # It can be written again.
+            json.dumps(sample.data, ensure_ascii=False, allow_nan=False).encode()
+
+
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.dictionaries(KEYS, JSON, max_size=3), min_size=1, max_size=3))
+def test_lines_of_any_shape_are_read_or_told(tmp_path: Path, lines: List[Dict[str, Any]]) -> None:
+    texts = [json.dumps({**json.loads(line()), **changes}) for changes in lines]
+    assert_read_or_told(write(tmp_path, *texts), len(lines))
+
+
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_lines_with_any_bytes_in_them_and_any_left_out_are_read_or_told(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray('\n'.join([line(), line(weights=[0.5, -1], id='ü𝄞'), line(messages=[USER, USER])]).encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)))
+        end = start + data.draw(st.sampled_from([0, 0, 1, 5, len(content)]))
+        content[start:end] = data.draw(st.binary(max_size=4) | st.sampled_from([b'\n', b'\0', b'"', b'\xff\xfe', b'{']))
+    assert_read_or_told(write(tmp_path, bytes(content)), content.count(b'\n') + 1)
+
+
+@pytest.mark.parametrize('cut', range(1, len(line()), 7))
+def test_a_line_that_is_cut_off_is_told(tmp_path: Path, cut: int) -> None:
+    [(number, text)] = problems_of(write(tmp_path, line(), line()[:cut]))
+    assert number == 2 and text.startswith('not JSON: ')
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-32', 'utf-8-sig'])
+def test_only_utf_8_is_read_with_or_without_a_bom(tmp_path: Path, encoding: str) -> None:
+    path = write(tmp_path, line().encode(encoding))
+    if encoding == 'utf-8-sig':
+        assert len(read_dataset(path, NAMES)) == 1
+    else:
+        assert problems_of(path)[0] == (1, 'not UTF-8: invalid start byte at byte 1')
+
+
+LONG, HUGE = 'x' * 1_000_000, 'x' * 100_000_000
+
+
+@pytest.mark.parametrize(('make', 'problem'), [
+    (lambda: line(id=LONG)[:-2], 'not JSON: Unterminated string'),
+    (lambda: line(adapters=LONG), '`adapters` must be a non-empty list of adapter names, got a long string'),
+    (lambda: line(messages=[{'role': LONG, 'content': ''}]), "got 'xxx"),
+    (lambda: line(messages=[{'role': 'user', 'content': {LONG: 1}}]), 'got an object'),
+    (lambda: line(**{LONG: 1}, adapters=..., adaptors=['A']), "unknown key 'adaptors'"),
+    (lambda: '{"%s": 1, "%s": 2}' % (LONG, LONG), 'occurs twice'),
+    (lambda: '[' * 1_000_000, 'nested too deep'),
+    (lambda: '{"x": "%s"}' % ('\\ud800' * 200_000), "'\\ud800' is half of a surrogate pair"),
+    (lambda: '{"x": %s}' % ('9' * 1_000_000), 'Exceeds the limit'),
+    (lambda: line(weights=[None] * 200_000), 'weights must be finite numbers of float32, got null, null, null, ...'),
+    (lambda: line(adapters=['A'] * 200_000), "the adapter 'A' is named twice"),
+    (lambda: line(messages=[1] * 400_000), 'messages[19]: must be an object'),
+], ids=['cut off', 'string', 'role', 'content', 'key', 'keys', 'nested', 'surrogates', 'digits', 'weights', 'adapters',
+        'messages'])  # yapf: disable
+def test_what_is_wrong_with_a_long_line_is_told_shortly(tmp_path: Path, make: Callable, problem: str) -> None:
+    assert_told_shortly(write(tmp_path, line(), make()), problem)
+
+
+@pytest.mark.parametrize(('make', 'problem'), [
+    (lambda: HUGE, 'not JSON: Expecting value at column 1'),
+    (lambda: line(adapters=[HUGE]), "unknown adapter 'xxx"),
+], ids=['no JSON', 'adapter'])  # yapf: disable
+def test_what_is_wrong_with_a_line_of_100_mb_is_told_shortly(tmp_path: Path, make: Callable, problem: str) -> None:
+    assert_told_shortly(write(tmp_path, line(), make()), problem)
+
+
+def assert_told_shortly(path: Path, problem: str) -> None:
+    with pytest.raises(DatasetError) as e:
+        read_dataset(path, NAMES)
+    assert {number for number, _ in e.value.problems} == {2}
+    assert any(problem in text for _, text in e.value.problems)
+    assert len(e.value.problems) <= 20 and len(str(e.value)) < 5000
+
+
+def test_a_line_of_100_mb_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, line(messages=[{'role': 'user', 'content': HUGE}]), line())
+    first, _ = read_dataset(path, NAMES)
+    assert first.messages[0]['content'] == HUGE
