@@ -368,7 +368,9 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: not self.patched.is_offloaded())
     @rule()
     def merge_into_the_base_weights(self):
-        if any(self.patched.factors(name).keys() != self.stock.factors(name).keys() for name in self.fused):
+        if any(
+                self.patched.factors(name).keys() != self.stock.factors(name).keys()
+                for name in [*self.fused, *self.frozen]):
             # A layer into which nothing but zeros is merged is merged all the same: PEFT ignores other adapters there.
             return
         self.both(lambda side: Swift.merge(side.wrappers[0].base_model))
