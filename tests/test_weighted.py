@@ -413,7 +413,8 @@ def test_a_refilled_adapter_is_a_source_like_a_new_one(build, first, combination
         oracle.add_weighted_adapter(['l1', 'l3'], [0.7, 0.4], 'new inner', 'linear')
         with reproducible_masks():
             oracle.add_weighted_adapter(['new inner', *others], [0.5, 0.6], 'oracle', combination_type, **options)
-    assert_close_deltas(model, 'fused', oracle)
+    # Factors that are kept in another scale round differently, and a decomposition passes it on.
+    assert_close_deltas(model, 'fused', oracle, tolerance=1e-4 if combination_type.endswith('svd') else 1e-5)
 
 
 def test_autocast_changes_neither_the_dtype_nor_the_values(model):
