@@ -2,7 +2,8 @@
 
 A model with M adapters holds three more modules per adapter in every LoRA layer, so walking `model.modules()` grows
 with M and N. The index walks past the adapters, once, and afterwards only compares the children of every module with
-those it saw: exact (a module added to, removed from or replaced in one that has children is noticed) and far cheaper than a walk.
+those it saw: exact (whatever is added to, removed from or replaced in a module that has children is noticed) and far
+cheaper than a walk.
 """
 import math
 from peft.tuners.lora import LoraLayer
