@@ -15,6 +15,7 @@ from torch import nn
 from typing import AbstractSet, Any, Iterable, Iterator, List, Optional, Union
 
 from .lora_index import LoraIndex
+from .messages import shown
 
 # How deep this thread is in `collect_garbage_once`, and whether anything was moved inside.
 _offloading = threading.local()
@@ -52,7 +53,7 @@ def offload_module(module: nn.Module, adapter_name: str, module_key: str, offloa
     if not offload:
         return
     if offload not in ('cpu', 'meta'):
-        raise NotImplementedError(f"offload is expected to be 'cpu' or 'meta', found {offload!r}.")
+        raise NotImplementedError(f"offload is expected to be 'cpu' or 'meta', found {shown(offload)}.")
     device = next(iter(module.parameters())).device
     if getattr(module, 'origin_device', str(device)) != str(device):
         return

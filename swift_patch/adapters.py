@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from .lora_index import Factors, LoraIndex, factors, rescaled, unpadded
 from .merging import MergeOptions
+from .messages import shown
 
 # Where a model keeps the records of its fused adapters, in its `__dict__`: copied with it, and gone with it.
 _ATTRIBUTE = '_fused_adapters'
@@ -65,7 +66,7 @@ class Adapters(NamedTuple):
             ValueError: there is no such adapter, or it was not made by `add_weighted_adapter`.
         """
         if not isinstance(name, str):
-            raise TypeError(f'adapter_name is expected to be a string, found {name!r}.')
+            raise TypeError(f'adapter_name is expected to be a string, found {shown(name)}.')
         if name not in self.configs:
             raise ValueError(f'There is no adapter {name!r} to refill, only {sorted(self.configs)}: make it by '
                              '`add_weighted_adapter` first.')

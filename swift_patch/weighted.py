@@ -17,6 +17,7 @@ from .adapters import Adapters
 from .growth import describe, grow
 from .lora_index import Factors, LoraIndex, adapter_containers, factors, padded, rescaled
 from .merging import COMBINATION_TYPES, MergeOptions, reference_scaling
+from .messages import shown
 from .plan import Plan, check_sources, check_target, plan_merge
 
 
@@ -59,12 +60,13 @@ def add_weighted_adapter(
         ValueError: the adapters cannot be merged this way. The model is as it was.
     """
     if not isinstance(adapter_name, str):
-        raise TypeError(f'adapter_name is expected to be a string, found {adapter_name!r}.')
+        raise TypeError(f'adapter_name is expected to be a string, found {shown(adapter_name)}.')
     if adapter_name in self.peft_config:
         return
     if not adapter_name or '.' in adapter_name:
-        raise ValueError(f'adapter_name is expected to have no dot in it and not to be empty, found {adapter_name!r}: '
-                         'it becomes the name of a module.')
+        raise ValueError(
+            f'adapter_name is expected to have no dot in it and not to be empty, found {shown(adapter_name)}: '
+            'it becomes the name of a module.')
     adapters, weights = check_sources(adapters, weights)
     options = MergeOptions(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
                            majority_sign_method)
