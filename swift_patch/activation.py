@@ -50,10 +50,9 @@ def offload_module(module: nn.Module, adapter_name: str, module_key: str, offloa
     Raises:
         NotImplementedError: `offload` is none of these.
     """
+    check_offload(offload)
     if not offload:
         return
-    if offload not in ('cpu', 'meta'):
-        raise NotImplementedError(f"offload is expected to be 'cpu' or 'meta', found {shown(offload)}.")
     device = next(iter(module.parameters())).device
     if getattr(module, 'origin_device', str(device)) != str(device):
         return
@@ -71,6 +70,12 @@ def offload_module(module: nn.Module, adapter_name: str, module_key: str, offloa
         gc_collect()
 
 
+def check_offload(offload: Optional[str]) -> None:
+    """Raises NotImplementedError, as stock, where `offload` is none of `'cpu'`, `'meta'` and None."""
+    if offload and offload not in ('cpu', 'meta'):
+        raise NotImplementedError(f"offload is expected to be 'cpu' or 'meta', found {shown(offload)}.")
+
+
 def set_active_adapters(self: Any, adapter_names: Union[List[str], str], offload: Optional[str] = None) -> None:
     """Set activated adapters
 
@@ -86,6 +91,8 @@ def set_active_adapters(self: Any, adapter_names: Union[List[str], str], offload
         adapter_names = [adapter_names]
 
     active = set(adapter_names) & set(self.adapters)
+    if active != set(self.adapters):
+        check_offload(offload)
     loras = {name for name, output in self.adapters.items() if _is_lora(output.config)}
     with collect_garbage_once():
         # Other tuners keep their state each in a way of its own: only they know what differs.
@@ -123,6 +130,8 @@ def switch_adapters(model: nn.Module, activate: AbstractSet[str], deactivate: Ab
         deactivate: Adapters to deactivate, none of them in `activate`.
         offload: Where to move the weights of all of `deactivate`, also of those that are inactive already.
     """
+    if deactivate:
+        check_offload(offload)
     index = LoraIndex.of(model)
     for _, wrapper in index.of_type(ModulesToSaveWrapper):
         _switch_wrapper(wrapper, activate, deactivate, offload)

@@ -66,12 +66,11 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
         adapters: the adapters of the model.
         sources: the names of the sources, as `check_sources` returned them.
         weights: their weights, likewise.
-        options: how to merge.
+        options: how to merge, as `check_options` returned them.
 
     Raises:
         ValueError: the sources cannot be merged this way.
     """
-    options = check_options(options)
     for source in sources:
         check_source(source, adapters)
 
@@ -281,8 +280,9 @@ def _check_other_layers(config: LoraConfig, adapters: Adapters, sources: Sequenc
 
 
 def _nothing_to_merge(layer_name: str, sources: Sequence[str]) -> ValueError:
-    return ValueError(f'Adapters {list(sources)} have nothing to merge in layer {layer_name!r}, which a new adapter '
-                      f'would have: that takes all target modules, and the other settings of {sources[0]!r}.')
+    return ValueError(f'Adapters {shown(list(sources))} have nothing to merge in layer {layer_name!r}, which a new '
+                      'adapter would have: that takes all target modules, and the other settings of '
+                      f'{sources[0]!r}.')
 
 
 def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources: Sequence[str], combination_type: str,
@@ -290,9 +290,7 @@ def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources
     """Raises ValueError where the sources of one layer cannot be merged."""
     rule = COMBINATION_TYPES[combination_type].rank
     if not tensors:
-        raise ValueError(
-            f'Adapters {shown(list(sources))} have nothing to merge in layer {name!r}, which a new adapter would '
-            f'have: that takes all target modules, and the other settings of {sources[0]!r}.')
+        raise _nothing_to_merge(name, sources)
     merged = [source for source in sources if source in layer.merged_adapters]
     if merged:
         raise ValueError(

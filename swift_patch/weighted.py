@@ -18,7 +18,7 @@ from .growth import describe, grow
 from .lora_index import Factors, LoraIndex, adapter_containers, factors, padded, rescaled
 from .merging import COMBINATION_TYPES, MergeOptions, reference_scaling
 from .messages import shown
-from .plan import Plan, check_sources, check_target, plan_merge
+from .plan import Plan, check_new_name, check_options, check_sources, check_target, plan_merge
 
 
 def add_weighted_adapter(
@@ -59,17 +59,13 @@ def add_weighted_adapter(
         TypeError: an argument is of the wrong type.
         ValueError: the adapters cannot be merged this way. The model is as it was.
     """
-    if not isinstance(adapter_name, str):
-        raise TypeError(f'adapter_name is expected to be a string, found {shown(adapter_name)}.')
-    if adapter_name in self.peft_config:
+    if isinstance(adapter_name, str) and adapter_name in self.peft_config:
         return
-    if not adapter_name or '.' in adapter_name:
-        raise ValueError(
-            f'adapter_name is expected to have no dot in it and not to be empty, found {shown(adapter_name)}: '
-            'it becomes the name of a module.')
+    check_new_name(adapter_name)
     adapters, weights = check_sources(adapters, weights)
-    options = MergeOptions(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
-                           majority_sign_method)
+    options = check_options(
+        MergeOptions(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
+                     majority_sign_method))
     loaded = Adapters.of(self)
     # What undoes it comes last, so that it runs before an adapter goes back to where it was offloaded.
     with plain_tensors(loaded), on_device(loaded, adapters), ExitStack() as undo:
@@ -116,7 +112,7 @@ def swift_add_weighted_adapter(
     density: Optional[float] = None,
     majority_sign_method: Literal['total', 'frequency'] = 'total',
 ) -> None:
-    if adapter_name in self.adapters:
+    if isinstance(adapter_name, str) and adapter_name in self.adapters:
         self.set_active_adapters(adapter_name)
         return
     with ExitStack() as undo:
@@ -217,8 +213,9 @@ def update_weighted_adapter(
     loaded = Adapters.of(self)
     record = loaded.record(adapter_name)
     adapters, weights = check_sources(adapters, weights)
-    options = MergeOptions(MergeOptions.combination_type if combination_type is None else combination_type, svd_rank,
-                           svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
+    options = check_options(
+        MergeOptions(MergeOptions.combination_type if combination_type is None else combination_type, svd_rank,
+                     svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method))
     if combination_type is None:
         changed = [item.name for item in fields(options) if getattr(options, item.name) != item.default]
         options = replace(record.options, **{name: getattr(options, name) for name in changed})
@@ -278,7 +275,13 @@ def _merge(plan: Plan) -> Dict[str, Tuple[float, Factors]]:
         else:
             # PEFT gives the new adapter α = r.
             scaling = math.sqrt(plan.rank) if plan.config.use_rslora else 1.0
-        merged[item.name] = scaling, merge(item.sources, plan.options, plan.rank, item.is_transposed)
+        try:
+            merged[item.name] = scaling, merge(item.sources, plan.options, plan.rank, item.is_transposed)
+        except torch.linalg.LinAlgError as e:
+            weights = [source.weight for source in item.sources]
+            raise ValueError(f'combination_type {plan.combination_type!r} cannot decompose layer {item.name!r} with '
+                             f'weights {shown(weights)}: they are expected to be small enough for the sum to be '
+                             f'finite, and so are the adapters ({e}).') from e
     return merged
 
 
