@@ -12,10 +12,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Random histories against stock, STEPS steps in each wrapper; `make test` takes the same few hundred each time.
+# All that is random, anew: STEPS steps of histories in each wrapper, and the properties in proportion. `make test` tries
+# the same few each time.
 fuzz: STEPS ?= 20000
 fuzz: $(VENV)/.installed
-	FUZZ_STEPS=$(STEPS) $(BIN)/python -m pytest tests/test_histories.py $(PYTEST_ARGS)
+	FUZZ_STEPS=$(STEPS) $(BIN)/python -m pytest -m hypothesis $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks -s $(PYTEST_ARGS)

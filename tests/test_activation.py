@@ -1,7 +1,8 @@
 import pytest
 import threading
 import torch
-from hypothesis import given, settings
+from fuzzing import tries
+from hypothesis import given
 from hypothesis import strategies as st
 from models import layers, loras, outputs, qwen2, stock, swift_model
 from swift.tuners import LoRAConfig, NEFTuneConfig, PromptConfig, Swift, SwiftModel
@@ -93,7 +94,7 @@ def perform(model, step):
 
 
 @pytest.mark.parametrize('unique_thread', ['0', '1'])
-@settings(max_examples=60, deadline=None, database=None)
+@tries(60)
 @given(history=st.lists(steps, max_size=8))
 def test_after_any_history_the_state_is_stocks(unique_thread, history):
     with pytest.MonkeyPatch.context() as patch:

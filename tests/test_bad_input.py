@@ -8,7 +8,8 @@ import torch
 from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
-from hypothesis import given, settings
+from fuzzing import tries
+from hypothesis import given
 from hypothesis import strategies as st
 from models import (BUILDERS, SOURCES, WEIGHTS, activate, add, assert_same_state, config, deltas, layers, loras, qwen2,
                     state, stock, swift_model, update)
@@ -275,33 +276,32 @@ def shared(request):
 
 
 VALID = {'adapters': ['l0', 'l1'], 'weights': [0.5, 0.5]}
-PROFILE = settings(max_examples=80, deadline=None, database=None)
-SEVERAL = settings(PROFILE, max_examples=30)
+MANY, SOME = tries(80), tries(30)
 COMPOSERS = st.sampled_from(['fusion', 'mixture', 'selection'])
 
 
-@PROFILE
+@MANY
 @given(wrong=wrong(UPDATE))
 def test_a_wrong_argument_of_update_is_refused(shared, wrong):
     arguments = {**VALID, 'adapter_name': 'fused', 'combination_type': 'svd', **wrong.value}
     shared.refuses(lambda: shared.model.update_weighted_adapter(**arguments), wrong.value)
 
 
-@PROFILE
+@MANY
 @given(wrong=wrong(UPDATE))
 def test_a_wrong_argument_of_update_with_the_type_of_before_is_refused(shared, wrong):
     arguments = {**VALID, 'adapter_name': 'fused', **wrong.value}
     shared.refuses(lambda: shared.model.update_weighted_adapter(**arguments), wrong.value)
 
 
-@PROFILE
+@MANY
 @given(wrong=wrong(ADD))
 def test_a_wrong_argument_of_add_is_refused(shared, wrong):
     arguments = {**VALID, 'adapter_name': 'new', **wrong.value}
     shared.refuses(lambda: shared.model.add_weighted_adapter(**arguments), wrong.value)
 
 
-@SEVERAL
+@SOME
 @given(wrong=wrong(RIGHT, 4))
 def test_several_wrong_arguments_are_refused(shared, wrong):
     arguments = {**VALID, **wrong.value}
@@ -365,13 +365,13 @@ def test_a_number_of_sources_that_is_none_is_refused(shared, max_sources):
     shared.refuses(lambda: composer.reserve(max_sources=max_sources), {'max_sources': max_sources})
 
 
-@PROFILE
+@MANY
 @given(wrong=wrong(CONSTRUCTOR))
 def test_a_wrong_argument_of_the_composer_is_refused(shared, wrong):
     shared.refuses(lambda: FusionComposer(shared.model, **wrong.value), wrong.value)
 
 
-@SEVERAL
+@SOME
 @given(junk=JUNK)
 def test_what_is_no_model_with_loras_is_refused(shared, junk):
     with pytest.raises(TypeError, match=f'model is expected to be .*found {type(junk.value).__name__}'):
@@ -389,7 +389,7 @@ def test_what_is_nearly_a_model_with_loras_is_refused(make, found):
         FusionComposer(make())
 
 
-@PROFILE
+@MANY
 @given(method=COMPOSERS, name=st.sampled_from(['fused', 'other']), wrong=wrong(COMPOSE))
 def test_a_wrong_argument_of_compose_is_refused(shared, method, name, wrong):
     composer = FusionComposer(shared.model, method, adapter_name=name)
@@ -400,7 +400,7 @@ def test_a_wrong_argument_of_compose_is_refused(shared, method, name, wrong):
     shared.refuses(lambda: composer.fused(**arguments).__enter__(), named)
 
 
-@SEVERAL
+@SOME
 @given(method=COMPOSERS, junk=junk_but(lambda value: is_number(value, -MAX, MAX)))
 def test_a_wrong_weight_or_name_in_a_mapping_or_a_list_is_refused(shared, method, junk):
     composer = FusionComposer(shared.model, method, adapter_name='other')
@@ -410,7 +410,7 @@ def test_a_wrong_weight_or_name_in_a_mapping_or_a_list_is_refused(shared, method
     shared.refuses(lambda: composer.compose({'l0': 0.5}, weights=[junk.value]), {'weights': [junk.value]})
 
 
-@SEVERAL
+@SOME
 @given(junk=JUNK)
 def test_without_weights_and_without_sources_is_refused_too(shared, junk):
     composer = FusionComposer(shared.model)
@@ -420,7 +420,7 @@ def test_without_weights_and_without_sources_is_refused_too(shared, junk):
     shared.refuses(lambda: composer.compose(junk.value), named)
 
 
-@PROFILE
+@MANY
 @given(method=COMPOSERS, name=st.sampled_from(['fused', 'other']), wrong=wrong(RESERVE))
 def test_a_wrong_argument_of_reserve_is_refused(shared, method, name, wrong):
     composer = FusionComposer(shared.model, method, adapter_name=name)
@@ -557,7 +557,7 @@ def outcome(model, call):
     return error, set(model.active_adapters), [set(layer.active_adapters) for layer in layers(model).values()]
 
 
-@PROFILE
+@MANY
 @given(method=st.sampled_from(['set_active_adapters', 'activate_adapter', 'deactivate_adapter']), names=NAMES)
 def test_unknown_names_are_activated_as_in_stock(twins, method, names):
     found = []
@@ -568,7 +568,7 @@ def test_unknown_names_are_activated_as_in_stock(twins, method, names):
     assert found[0] == found[1]
 
 
-@SEVERAL
+@SOME
 @given(names=st.lists(st.sampled_from(['l0', 'l1', 'nobody']), max_size=3), offload=OFFLOADS)
 def test_where_adapters_cannot_be_offloaded_to_is_refused_as_in_stock_and_nothing_changes(twins, names, offload):
     for method in ('set_active_adapters', 'deactivate_adapter'):

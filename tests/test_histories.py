@@ -10,7 +10,8 @@ import pytest
 import tempfile
 import torch
 from contextlib import contextmanager
-from hypothesis import HealthCheck, Phase, settings
+from fuzzing import GATE_STEPS, tries
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, precondition, rule,
                                  run_state_machine_as_test)
@@ -25,7 +26,6 @@ import swift_patch
 from swift_patch import activation
 from swift_patch.lora_index import adapter_containers, factors
 
-STEPS = int(os.environ.get('FUZZ_STEPS', 1500))
 STEPS_PER_HISTORY = 14
 SPARSE = ['ties', 'dare_linear', 'dare_ties', 'magnitude_prune']
 TYPES = ['linear', 'average', 'cat', 'svd', *SPARSE, *(f'{name}_svd' for name in SPARSE)]
@@ -525,18 +525,12 @@ class PeftHistories(Histories):
         del self.fused[name]
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize('histories', [SwiftHistories, PeftHistories])
 def test_after_every_step_of_any_history_the_model_is_as_with_stock(histories, capsys):
     run_state_machine_as_test(
         histories,
         settings=settings(
-            max_examples=max(1, STEPS // STEPS_PER_HISTORY),
-            stateful_step_count=STEPS_PER_HISTORY,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            # The gate tries the same ones each time, `make fuzz` others.
-            derandomize='FUZZ_STEPS' not in os.environ,
-            suppress_health_check=list(HealthCheck)))
+            tries(GATE_STEPS // STEPS_PER_HISTORY), stateful_step_count=STEPS_PER_HISTORY, phases=[Phase.generate]))
     with capsys.disabled():
         print(f'\n{histories.__name__}: {histories.histories} histories, {histories.steps} steps, 0 differences')

@@ -1,7 +1,8 @@
 import math
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import tries
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.merge_utils import task_arithmetic
 
@@ -34,14 +35,14 @@ def merge(name, found, rank=100, **options):
     return COMBINATION_TYPES[name].merge(found, MergeOptions(name, **options), rank, False)
 
 
-@settings(deadline=None)
+@tries(100)
 @given(sources(same_rank=False))
 def test_cat_makes_the_weighted_sum_of_the_deltas(found):
     expected = sum(source.weight * source.scaling * delta(source) for source in found)
     torch.testing.assert_close(delta(merge('cat', found)), expected)
 
 
-@settings(deadline=None)
+@tries(100)
 @given(sources())
 def test_average_does_not_depend_on_the_scaling_it_is_expressed_for(found):
     result = merging.reference_scaling(found) * delta(merge('average', found))
@@ -50,7 +51,7 @@ def test_average_does_not_depend_on_the_scaling_it_is_expressed_for(found):
     torch.testing.assert_close(result, B @ A)
 
 
-@settings(deadline=None)
+@tries(100)
 @given(sources(), st.floats(0.1, 4))
 def test_average_of_sources_of_one_scaling_is_the_weighted_sum_of_the_factors(found, scaling):
     found = [source._replace(scaling=scaling) for source in found]
@@ -67,7 +68,7 @@ def test_average_keeps_a_scaling_that_is_zero_or_negative(scaling):
     torch.testing.assert_close(merging.reference_scaling(found) * delta(merge('average', found)), scaling * B @ A)
 
 
-@settings(deadline=None)
+@tries(100)
 @given(sources(same_rank=False), st.integers(1, 12))
 def test_svd_of_the_factors_is_the_truncated_svd_of_the_dense_delta(found, rank):
     dense = sum(merging._as_float32(s.weight * s.scaling) * s.scaling * delta(s) for s in found)
@@ -79,7 +80,7 @@ def test_svd_of_the_factors_is_the_truncated_svd_of_the_dense_delta(found, rank)
     torch.testing.assert_close((dense - delta(pair)).norm(), expected, rtol=1e-6, atol=1e-6 * (1 + S.max().item()))
 
 
-@settings(deadline=None)
+@tries(100)
 @given(sources(), st.sampled_from(['linear', 'average', 'cat', 'svd']))
 def test_what_is_merged_is_new_and_the_sources_stay_as_they_were(found, name):
     before = [(source.A.clone(), source.B.clone()) for source in found]

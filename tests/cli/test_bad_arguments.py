@@ -3,7 +3,8 @@ import contextlib
 import io
 import json
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import tries
+from hypothesis import given
 from hypothesis import strategies as st
 from pathlib import Path
 from typing import List, Tuple
@@ -43,7 +44,7 @@ def run(arguments: List[str]) -> Tuple[int, str]:
     return code, stderr.read()
 
 
-@settings(max_examples=100, deadline=None, database=None)
+@tries(100)
 @given(arguments=st.lists(VALUES | st.sampled_from(OPTIONS), max_size=5))
 def test_any_arguments_are_refused_without_a_traceback(arguments: List[str]) -> None:
     # Beside what is right but for the files, which do not exist; and what comes last is in force.
@@ -54,7 +55,7 @@ def test_any_arguments_are_refused_without_a_traceback(arguments: List[str]) -> 
         assert not Path('none').exists()
 
 
-@settings(max_examples=100, deadline=None, database=None)
+@tries(100)
 @given(option=st.sampled_from(NUMBERS), value=VALUES)
 def test_a_wrong_number_is_told_with_its_option(option: str, value: str) -> None:
     code, told = run([*REQUIRED, f'{option}={value}'])
@@ -111,7 +112,7 @@ JSON = st.recursive(
     max_leaves=6)
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(150)
 @given(config=st.binary(max_size=20) | JSON.map(lambda data: json.dumps(data).encode())
        | st.sampled_from([b'[' * 100_000, b'{"r": ' + b'9' * 5000 + b'}', b'\xff\xfe', b'', b'{"peft_type": "LORA"']),
        weights=st.binary(max_size=20) | st.just(b'\xff' * 8) | st.none(),

@@ -2,7 +2,8 @@
 import json
 import math
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import tries
+from hypothesis import given
 from hypothesis import strategies as st
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, Union
@@ -177,14 +178,14 @@ def assert_read_or_told(path: Path, num_lines: int) -> None:
             json.dumps(sample.data, ensure_ascii=False, allow_nan=False).encode()
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(150)
 @given(lines=st.lists(st.dictionaries(KEYS, JSON, max_size=3), min_size=1, max_size=3))
 def test_lines_of_any_shape_are_read_or_told(tmp_path: Path, lines: List[Dict[str, Any]]) -> None:
     texts = [json.dumps({**json.loads(line()), **changes}) for changes in lines]
     assert_read_or_told(write(tmp_path, *texts), len(lines))
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(150)
 @given(data=st.data())
 def test_lines_with_any_bytes_in_them_and_any_left_out_are_read_or_told(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray('\n'.join([line(), line(weights=[0.5, -1], id='ü𝄞'), line(messages=[USER, USER])]).encode())

@@ -1,7 +1,8 @@
 """Whatever a result file and its settings hold: a run goes on after the finished lines, or tells what is wrong."""
 import json
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import tries
+from hypothesis import given
 from hypothesis import strategies as st
 from pathlib import Path
 from typing import Any, Callable
@@ -42,7 +43,7 @@ def assert_resumed_or_told(resume: Callable[[], ResultFile], *files: Path) -> No
     assert [file.read_bytes() for file in files] == before
 
 
-@settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(300)
 @given(data=st.data())
 def test_a_result_file_with_any_bytes_in_it_and_any_left_out(resume: Callable[[], ResultFile], tmp_path: Path,
                                                              data: st.DataObject) -> None:
