@@ -106,6 +106,9 @@ class Histories(RuleBasedStateMachine):
         self.environment.setattr(activation, 'gc_collect', lambda: None)
         self.environment.setattr(swift_utils, 'gc_collect', lambda: None)
         self.sources, self.fused = [], {}
+        # Fused adapters that come from a decomposition, whose vectors have any sign: their delta is stock's, their A
+        # and B may not be.
+        self.decomposed = set()
         # Adapters that were saved and loaded after they had been fused. They may have more rank than fresh ones.
         self.frozen, self.loads = [], 0
         self.dtype, self.is_coarse = torch.float32, False
@@ -153,6 +156,8 @@ class Histories(RuleBasedStateMachine):
                 self.on(self.patched, step)
             return False
         self.on(self.patched, step)
+        is_decomposed = kind.endswith('svd') or not self.decomposed.isdisjoint(sources)
+        (self.decomposed.add if is_decomposed else self.decomposed.discard)(name)
         return True
 
     def replace(self, side, name, sources, weights, kind, options):
@@ -192,7 +197,8 @@ class Histories(RuleBasedStateMachine):
             *self.sources,
             # As a source, an average has its own scaling, and its stand-in has 1, which matters to the others.
             *(other for other, (other_kind, _) in self.fused.items()
-              if other != name and (other_kind != 'average' or kind in ('linear', 'average', 'cat')))
+              if other != name and (other_kind != 'average' or kind in ('linear', 'average', 'cat')) and
+              (other not in self.decomposed or kind == 'cat' or kind.endswith('svd')))
         ]
         if kind == 'cat':
             candidates += self.frozen
@@ -415,11 +421,12 @@ class Histories(RuleBasedStateMachine):
         if isinstance(results[1], str):
             assert results[0] == results[1]
         else:
-            self.assert_close(*results, 'outputs')
+            # The same delta in factors that are scaled otherwise, by powers of 1.3, changes outputs in bfloat16 by 11 %.
+            self.assert_close(*results, 'outputs', coarse=0.25)
 
-    def assert_close(self, new, old, what):
+    def assert_close(self, new, old, what, coarse=0.05):
         new, old = (value if value is not None else torch.zeros(()) for value in (new, old))
-        assert (new - old).norm() <= (0.05 if self.is_coarse else 1e-4) * old.norm() + 1e-6, what
+        assert (new - old).norm() <= (coarse if self.is_coarse else 1e-4) * old.norm() + 1e-6, what
 
 
 class SwiftHistories(Histories):
