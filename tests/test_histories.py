@@ -421,7 +421,7 @@ class Histories(RuleBasedStateMachine):
         if isinstance(results[1], str):
             assert results[0] == results[1]
         else:
-            # The same delta in factors that are scaled otherwise, by powers of 1.3, changes outputs in bfloat16 by 11 %.
+            # In bfloat16, the same delta in factors that are scaled by 1.3 and 1 / 1.3 changes outputs by up to 11 %.
             self.assert_close(*results, 'outputs', coarse=0.25)
 
     def assert_close(self, new, old, what, coarse=0.05):
