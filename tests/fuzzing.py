@@ -3,7 +3,7 @@ import os
 from hypothesis import HealthCheck, settings
 
 # Of the random histories, in each wrapper. Whatever else is random grows with `make fuzz` in the same proportion.
-GATE_STEPS = 1500
+GATE_STEPS = 2100
 
 
 def tries(max_examples: int) -> settings:
