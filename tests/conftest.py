@@ -19,3 +19,10 @@ def build(request):
 def model(build):
     """A model with LoRAs `l0` to `l3`, in both wrappers."""
     return build()
+
+
+@pytest.fixture(scope='session')
+def written(tmp_path_factory):
+    """The folder of a small model, and those of its LoRAs `l0` to `l4` in both formats; `l4` has a larger rank."""
+    from models import write_checkpoints
+    return write_checkpoints(tmp_path_factory.mktemp('written'), r=[4, 4, 4, 4, 8])

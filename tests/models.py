@@ -2,14 +2,16 @@
 import copy
 import torch
 from contextlib import contextmanager
+from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import Tensor, nn
-from transformers import Conv1D, Qwen2Config, Qwen2ForCausalLM
-from typing import Any, Callable, Dict, Iterator, Sequence
+from transformers import AutoModelForCausalLM, Conv1D, Qwen2Config, Qwen2ForCausalLM
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import swift_patch
+from swift_patch.demo.tiny_model import build_tiny_qwen2
 
 SOURCES, WEIGHTS = ['l2', 'l0', 'l1'], [0.5, 0.2, 0.3]
 PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
@@ -117,6 +119,22 @@ BUILDERS: Dict[str, Callable[..., nn.Module]] = {
     'swift': lambda **changes: swift_model(loras(**changes)),
     'peft': lambda **changes: peft_model(loras(cls=LoraConfig, **changes)),
 }
+
+
+def write_checkpoints(folder: Path, count: int = 5, **changes: Any) -> Tuple[str, Dict[str, Dict[str, str]]]:
+    """Writes a Qwen2 of two layers, and LoRAs in ms-swift's format (`swift`) and in PEFT's (`peft`).
+
+    Returns:
+        The folder of the model, and by format the folder of each LoRA by its name.
+    """
+    model_dir = build_tiny_qwen2(folder / 'model', hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1)
+    paths = {}
+    for kind, build, cls in (('swift', swift_model, LoRAConfig), ('peft', peft_model, LoraConfig)):
+        configs = loras(count, cls, **changes)
+        model = build(configs, AutoModelForCausalLM.from_pretrained(model_dir))
+        model.save_pretrained(str(folder / kind))
+        paths[kind] = {name: str(folder / kind / name) for name in configs}
+    return model_dir, paths
 
 
 def randomised(model: nn.Module) -> nn.Module:

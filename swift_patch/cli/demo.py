@@ -4,13 +4,11 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from typing import Callable, Iterator, Optional
 
 from ..messages import shown
+from .progress import stage
 
 # All of them are made before the first is answered.
 _MAX_SAMPLES = 100_000
@@ -64,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault('LOG_LEVEL', 'ERROR')
     import torch
 
+    from ..bench.report import draw_latency, latency_table
     from ..demo import compare, report
     from ..demo.tasks import TASK_NAMES, build_tasks, mixed_samples, write_jsonl
     from ..demo.tiny_model import build_tiny_qwen2
@@ -73,33 +72,35 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     tasks, samples = build_tasks(), mixed_samples(args.samples)
     with tempfile.TemporaryDirectory() as folder:
-        with _progress(console, 'Pretraining a small Qwen2'):
+        with stage(console, 'Pretraining a small Qwen2'):
             model_dir = build_tiny_qwen2(Path(folder, 'model'))
             pretrain_base(model_dir, [sample for task in tasks.values() for sample in task.pretrain])
         adapters = {}
-        with _progress(console, f'Training {len(TASK_NAMES)} LoRAs with ms-swift', len(TASK_NAMES)) as advance:
+        with stage(console, f'Training {len(TASK_NAMES)} LoRAs with ms-swift', len(TASK_NAMES)) as advance:
             for name, task in tasks.items():
                 dataset = write_jsonl(task.train, Path(folder, f'{name}.jsonl'))
                 adapters[name] = train_adapter(model_dir, dataset, Path(folder, name), use_swift_lora=True)
                 advance()
-        with _progress(console, 'Stock: an adapter per sample', len(samples)) as advance:
+        with stage(console, 'Stock: an adapter per sample', len(samples)) as advance:
             stock = compare.answer_with_stock(
                 compare.Town(model_dir, adapters), samples, advance, max_seconds=args.stock_seconds)
         town = compare.Town(model_dir, adapters)
-        with _progress(console, 'Patch: one adapter, refilled', len(samples)) as advance:
+        with stage(console, 'Patch: one adapter, refilled', len(samples)) as advance:
             patch = compare.answer_with_patch(
                 town, samples, advance, combination_type=compare.COMPARED_TYPE, adapter_name='compared')
         answers = {}
-        with _progress(console, 'Each merge method', 4 * len(samples)) as advance:
+        with stage(console, 'Each merge method', 4 * len(samples)) as advance:
             answers['base'] = compare.answer_with_base(town, samples, advance)
             for method in ('selection', 'fusion', 'mixture'):
                 answers[method] = compare.answer_with_patch(
                     town, samples, advance, merge_method=method, adapter_name=method)
         answers[compare.COMPARED_TYPE] = patch
 
-    report.draw_latency(stock, patch, args.output_dir / 'latency.png')
+    draw_latency(stock.seconds, patch.seconds, args.output_dir / 'latency.png',
+                 f'Composing 3 of {len(adapters)} LoRAs ({compare.COMPARED_TYPE}), sample after sample')
     report.write_results(samples, stock, answers, args.output_dir / 'results.jsonl')
-    console.print(report.latency_table(stock, patch))
+    console.print(
+        latency_table(stock.seconds, patch.seconds, f'Seconds composing ({compare.COMPARED_TYPE}, 3 LoRAs each)'))
     console.print(report.accuracy_table(samples, answers))
     done, equal = len(stock.responses), sum(map(str.__eq__, stock.responses, patch.responses))
     if done < len(samples):
@@ -110,14 +111,3 @@ def run(args: argparse.Namespace) -> int:
     console.print(f'Wrote {args.output_dir / "latency.png"} and {args.output_dir / "results.jsonl"} '
                   f'in {time.perf_counter() - start:.0f} s.')
     return 0 if equal == done else 1
-
-
-@contextmanager
-def _progress(console: Console, description: str, total: Optional[int] = None) -> Iterator[Callable[[], None]]:
-    """Shows a bar for one stage; yields what advances it by one. Without a total the bar only moves."""
-    columns = (TextColumn('{task.description:<36}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda: progress.advance(task)
-        if total is None:
-            progress.update(task, total=1, completed=1)

@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from rich.console import Console
 from rich.table import Table
+from typing import Dict
 
 from swift_patch import patching
 
@@ -33,11 +34,10 @@ def run(args: argparse.Namespace) -> int:
         importlib.import_module(module)
     console = Console()
 
-    versions = Table('package', 'version', title='Versions', title_justify='left')
-    versions.add_row('python', platform.python_version())
-    for package in _PACKAGES:
-        versions.add_row(package, _version(package))
-    console.print(versions)
+    table = Table('package', 'version', title='Versions', title_justify='left')
+    for package, version in versions().items():
+        table.add_row(package, version)
+    console.print(table)
 
     in_force = patching.in_force()
     patches = Table('of', 'replaced', 'by', 'in force', title='Patch', title_justify='left')
@@ -51,6 +51,11 @@ def run(args: argparse.Namespace) -> int:
     # Not wrapped at the width of the console, to be copied whole.
     console.print(f'swift infer --external_plugins {PLUGIN}', soft_wrap=True, highlight=False)
     return 0 if set(in_force) == set(patching.PATCHES) else 1
+
+
+def versions() -> Dict[str, str]:
+    """Returns the versions of Python and of the packages that matter here."""
+    return {'python': platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
 
 
 def _version(package: str) -> str:

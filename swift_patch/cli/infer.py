@@ -1,21 +1,17 @@
 """`swift-patch infer`: named and behaving like `swift infer`, with a composition of adapters for each sample."""
 import argparse
-import math
 import sys
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Union
+from typing import TYPE_CHECKING
+
+from .arguments import (COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_bool, add_combination, add_model_group,
+                        given, number)
 
 if TYPE_CHECKING:
     from swift_patch.inference.run import InferSummary
 
-# Options handed to ms-swift as they are; one that is not given is left to ms-swift.
-SWIFT_OPTIONS = ('model', 'model_type', 'model_revision', 'use_hf', 'torch_dtype', 'device_map', 'attn_impl',
-                 'template', 'system', 'max_length', 'truncation_strategy', 'response_prefix', 'enable_thinking',
-                 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'num_beams', 'stop_words',
-                 'logprobs', 'top_logprobs', 'seed')
-# The keys of `swift_patch.merging.COMBINATION_TYPES`, which would import torch.
-COMBINATION_TYPES = ('linear', 'average', 'cat', 'svd', 'ties', 'ties_svd', 'dare_linear', 'dare_ties',
-                     'dare_linear_svd', 'dare_ties_svd', 'magnitude_prune', 'magnitude_prune_svd')
-COMPOSER_OPTIONS = ('combination_type', 'density', 'svd_rank', 'majority_sign_method')
+SWIFT_OPTIONS = (*MODEL_OPTIONS, 'template', 'system', 'max_length', 'truncation_strategy', 'response_prefix',
+                 'enable_thinking', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty',
+                 'num_beams', 'stop_words', 'logprobs', 'top_logprobs', 'seed')
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -29,12 +25,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser.set_defaults(run=run)
 
     group = parser.add_argument_group('input and output')
-    group.add_argument(
-        '--adapters',
-        nargs='+',
-        required=True,
-        metavar='NAME=PATH',
-        help="the LoRAs that samples may name: checkpoints of swift sft, in ms-swift's or in PEFT's format")
+    add_adapters(group, required=True, help='the LoRAs that samples may name')
     group.add_argument('--val_dataset', required=True, metavar='FILE', help='the JSONL file with the samples')
     group.add_argument('--result_path', required=True, metavar='FILE', help='the JSONL file to write')
     group.add_argument('--resume', action='store_true', help='go on with an existing result file of the same run')
@@ -46,55 +37,32 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         choices=('fusion', 'mixture', 'selection'),
         default='fusion',
         help='average parameters, average outputs, or take the heaviest adapter alone (default: %(default)s)')
-    group.add_argument(
-        '--combination_type',
-        choices=COMBINATION_TYPES,
-        metavar='TYPE',
-        help="how fusion merges: one of PEFT's combination types (%(choices)s)")
-    group.add_argument(
-        '--density', type=_number(float, 0, 1), help='the share of values that pruning combination types keep')
-    group.add_argument(
-        '--svd_rank', type=_number(int, 1), help='the rank of the fused adapter for svd combination types')
-    group.add_argument(
-        '--majority_sign_method', choices=('total', 'frequency'), help='how ties combination types elect signs')
+    add_combination(group, help="how fusion merges: one of PEFT's combination types (%(choices)s)")
 
-    group = parser.add_argument_group('model')
-    group.add_argument('--model', metavar='DIR_OR_ID', help="the base model (default: the adapters' args.json)")
-    group.add_argument('--model_type', help="ms-swift's type of the model, where it cannot be told from its files")
-    group.add_argument('--model_revision', help='the revision of a model from a hub')
-    _add_bool(group, '--use_hf', help='fetch models from Hugging Face instead of ModelScope')
-    group.add_argument('--torch_dtype', choices=('bfloat16', 'float16', 'float32'), help='the dtype of the weights')
-    group.add_argument(
-        '--device',
-        '--device_map',
-        dest='device_map',
-        metavar='DEVICE',
-        help='cpu, cuda:0, auto or a device map as JSON')
-    group.add_argument('--attn_impl', help='the attention implementation: sdpa, eager, flash_attention_2, ...')
+    add_model_group(parser)
 
     group = parser.add_argument_group('template')
     group.add_argument('--template', help="ms-swift's dialogue template")
     group.add_argument('--system', help='the system prompt, or a .txt file with it')
-    group.add_argument('--max_length', type=_number(int, 1), help='the largest number of tokens of a prompt')
+    group.add_argument('--max_length', type=number(int, 1), help='the largest number of tokens of a prompt')
     group.add_argument(
         '--truncation_strategy', choices=('delete', 'left', 'right'), help='what to do with a prompt that is longer')
     group.add_argument('--response_prefix', help='what every response starts with')
-    _add_bool(group, '--enable_thinking', help='turn the thinking mode on or off')
+    add_bool(group, '--enable_thinking', help='turn the thinking mode on or off')
 
     group = parser.add_argument_group('generation')
-    group.add_argument('--max_new_tokens', type=_number(int, 1), help='the largest number of tokens of a response')
+    group.add_argument('--max_new_tokens', type=number(int, 1), help='the largest number of tokens of a response')
     group.add_argument(
-        '--temperature', type=_number(float, 0), help='the sampling temperature; 0 takes the likeliest token')
+        '--temperature', type=number(float, 0), help='the sampling temperature; 0 takes the likeliest token')
     group.add_argument(
-        '--top_k', type=_number(int, -1), help='sample from the k likeliest tokens; 0 or -1 is all of them')
+        '--top_k', type=number(int, -1), help='sample from the k likeliest tokens; 0 or -1 is all of them')
     group.add_argument(
-        '--top_p', type=_number(float, 0, 1), help='sample from the likeliest tokens with this probability in sum')
-    group.add_argument(
-        '--repetition_penalty', type=_number(float, 0), help='the penalty for repeated tokens; 1 is none')
-    group.add_argument('--num_beams', type=_number(int, 1), help='the number of beams; 1 is no beam search')
+        '--top_p', type=number(float, 0, 1), help='sample from the likeliest tokens with this probability in sum')
+    group.add_argument('--repetition_penalty', type=number(float, 0), help='the penalty for repeated tokens; 1 is none')
+    group.add_argument('--num_beams', type=number(int, 1), help='the number of beams; 1 is no beam search')
     group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
-    _add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
-    group.add_argument('--top_logprobs', type=_number(int, 0), help='how many log probabilities for each position')
+    add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
+    group.add_argument('--top_logprobs', type=number(int, 0), help='how many log probabilities for each position')
     group.add_argument('--seed', type=int, help='seeds sampling, for each sample anew (default: 42)')
 
 
@@ -111,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
             adapters=parse_adapters(args.adapters),
             val_dataset=args.val_dataset,
             result_path=args.result_path,
-            swift_args=_given(args, SWIFT_OPTIONS),
+            swift_args=given(args, SWIFT_OPTIONS),
             merge_method=args.merge_method,
-            composer_args=_given(args, COMPOSER_OPTIONS),
+            composer_args=given(args, COMPOSER_OPTIONS),
             resume=args.resume,
             overwrite=args.overwrite)
         summary = run_infer(config)
@@ -141,38 +109,3 @@ def _print_summary(summary: 'InferSummary', result_path: str) -> None:
 
 def _samples(count: int) -> str:
     return f'{count} sample' if count == 1 else f'{count} samples'
-
-
-def _given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _add_bool(group: argparse._ArgumentGroup, name: str, *, help: str) -> None:
-    """Add a switch in ms-swift's manner: `--name`, `--name true` or `--name false`."""
-    group.add_argument(name, type=_bool, nargs='?', const=True, metavar='BOOL', help=help)
-
-
-def _number(kind: Callable[[str], Union[int, float]],
-            low: int,
-            high: float = math.inf) -> Callable[[str], Union[int, float]]:
-    """Make a type for argparse that takes finite numbers from `low` to `high`."""
-    expected = f'{"an integer" if kind is int else "a number"} ' + (f'of at least {low}'
-                                                                    if high == math.inf else f'from {low} to {high}')
-
-    def number(text: str) -> Union[int, float]:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f'must be {expected}, got {text!r}')
-        return value
-
-    return number
-
-
-def _bool(text: str) -> bool:
-    value: Optional[bool] = {'true': True, '1': True, 'false': False, '0': False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f'must be true or false, got {text!r}')
-    return value

@@ -1,9 +1,9 @@
 """The same samples through stock ms-swift and through the patch: seconds composing per sample, and the answers."""
-import time
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Sequence
 
 import swift_patch
+from ..bench.measure import seconds_composing, stock_composing
 from ..inference.adapters import find_checkpoints
 from ..inference.engine import load_engine
 from .quiet import hush
@@ -66,13 +66,10 @@ class Town:
         """
         from swift.infer_engine import InferRequest
         answers = Answers()
-        for sample in samples:
-            if sum(answers.seconds) > max_seconds:
-                break
-            adapters = [self._aliases[name] for name in sample['adapters']]
-            start = time.perf_counter()
-            compose(adapters, list(sample['weights']))
-            answers.seconds.append(time.perf_counter() - start)
+        compositions = [([self._aliases[name] for name in sample['adapters']], list(sample['weights']))
+                        for sample in samples]
+        for sample, seconds in zip(samples, seconds_composing(compositions, compose, max_seconds)):
+            answers.seconds.append(seconds)
             request = InferRequest(messages=[dict(message) for message in sample['messages']])
             [response] = self._engine.infer([request], self._request_config, use_tqdm=False)
             answers.responses.append(response.choices[0].message.content)
@@ -82,18 +79,8 @@ class Town:
 
 def answer_with_stock(town: Town, samples: Sequence[Sample], advance: Callable[[], Any], max_seconds: float) -> Answers:
     """Answers as users of stock ms-swift do: a new fused adapter for every sample. The patch is off meanwhile."""
-    count = 0
-
-    def compose(adapters: List[str], weights: List[float]) -> None:
-        nonlocal count
-        count += 1
-        town.model.add_weighted_adapter(adapters, weights, f'fused_{count}', COMPARED_TYPE)
-
-    swift_patch.revert()
-    try:
+    with stock_composing(town.model, combination_type=COMPARED_TYPE) as compose:
         return town.answer(samples, compose, advance, max_seconds)
-    finally:
-        swift_patch.apply()
 
 
 def answer_with_patch(town: Town, samples: Sequence[Sample], advance: Callable[[], Any], **options: Any) -> Answers:

@@ -1,11 +1,35 @@
 """ms-swift's own engine around one base model with all adapters loaded."""
-from typing import TYPE_CHECKING, Dict, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple
 
 from .adapters import AdapterCheckpoint, load_adapters
 
 if TYPE_CHECKING:
     from swift.arguments import BaseArguments
     from swift.infer_engine import TransformersEngine
+
+
+def swift_arguments(swift_args: Mapping[str, Any], checkpoints: Sequence[AdapterCheckpoint]) -> 'BaseArguments':
+    """Builds ms-swift's arguments, with which models are loaded.
+
+    Args:
+        swift_args: What users gave. As in `swift infer`, the rest comes from the args.json of the first adapter that
+            has one.
+        checkpoints: What `find_checkpoints` returned.
+
+    Raises:
+        ValueError: If ms-swift cannot use them, or if this is one process of several.
+    """
+    from swift.arguments import BaseArguments
+    from swift.utils import is_dist
+    if is_dist():
+        raise ValueError('swift-patch runs in one process, but this is one of several, as of torchrun: start it by '
+                         'itself (and split the dataset of an inference to use several).')
+    # For their args.json only: ms-swift takes what is not given from the first of these.
+    trained = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint.has_args]
+    try:
+        return BaseArguments(adapters=trained, **swift_args)
+    except Exception as e:  # for users' mistakes: assertions, errors of hubs and networks, OSError, ValueError
+        raise ValueError(f'ms-swift cannot use these arguments: {type(e).__name__}: {e}') from e
 
 
 def load_engine(args: 'BaseArguments',

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
+from ..files import check_writable, told_as
 from ..messages import shown
 from ..patching import is_applied
 from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
-from .engine import load_engine
+from .engine import load_engine, swift_arguments
 
 if TYPE_CHECKING:
     from swift.arguments import BaseArguments
@@ -105,7 +106,7 @@ def run_infer(config: InferConfig) -> InferSummary:
     _check_result_path(config)
     from ..composer import merge_options
     merge_options(config.merge_method, **config.composer_args)
-    args = _swift_arguments(config, checkpoints)
+    args = swift_arguments(config.swift_args, checkpoints)
     results = ResultFile(config, args, samples, checkpoints)
     summary = InferSummary(resumed=results.num_finished)
     if summary.resumed == len(samples):
@@ -114,7 +115,7 @@ def run_infer(config: InferConfig) -> InferSummary:
     check_base_model(checkpoints, args.model_dir)
     requests = [_to_request(sample) for sample in samples]
     _check_template(config, args, samples, requests)
-    with _told_as(f'Cannot write {results.path}'):
+    with told_as(f'Cannot write {results.path}'):
         results.path.parent.mkdir(parents=True, exist_ok=True)
     generator = _Generator(config, args, checkpoints, samples)
 
@@ -126,7 +127,7 @@ def run_infer(config: InferConfig) -> InferSummary:
             for index in range(summary.resumed, len(samples)):
                 choice = generator.generate(index, samples[index], requests[index], summary)
                 line = _result_line(config, samples[index], choice.message.content, choice.logprobs)
-                with _told_as(f'Cannot write {results.path}'):
+                with told_as(f'Cannot write {results.path}'):
                     _write_line(file, line)
                 summary.samples += 1
                 summary.seconds = time.perf_counter() - start
@@ -161,7 +162,7 @@ class ResultFile:
         self._size = 0
         if config.overwrite or not self.path.exists():
             return
-        with _told_as(f'Cannot read {self.path}'):
+        with told_as(f'Cannot read {self.path}'):
             content = self.path.read_bytes()
         # A killed run may have left a part of a line, and nothing after it.
         self._size = content.rfind(b'\n') + 1
@@ -177,7 +178,7 @@ class ResultFile:
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Open the file for appending after the finished lines; what follows them is cut off."""
-        with _told_as(f'Cannot write {self.path}'):
+        with told_as(f'Cannot write {self.path}'):
             file = open(self.path, 'r+b' if self._size else 'wb')
             file.truncate(self._size)
             file.seek(self._size)
@@ -194,7 +195,7 @@ class ResultFile:
             yield file
         finally:
             # Where a write failed, closing tries it again.
-            with _told_as(f'Cannot write {self.path}'):
+            with told_as(f'Cannot write {self.path}'):
                 file.close()
 
     def _check_settings(self) -> None:
@@ -275,15 +276,8 @@ def _check_result_path(config: InferConfig) -> None:
     path = Path(config.result_path)
     if config.resume and config.overwrite:
         raise ValueError('--resume and --overwrite exclude each other.')
-    with _told_as(f'Cannot write {path}'):
-        if path.is_dir():
-            raise ValueError(f'The result path {path} is a folder.')
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir():
-            raise ValueError(f'Cannot write {path}: {folder} is not a folder.')
-        existing = path if path.exists() else folder
-        if not os.access(existing, os.W_OK):
-            raise ValueError(f'Cannot write {path}: no permission to write to {existing}.')
+    check_writable(path)
+    with told_as(f'Cannot write {path}'):
         if not path.exists() or path.stat().st_size == 0:
             return
         if path.samefile(config.val_dataset):
@@ -291,28 +285,6 @@ def _check_result_path(config: InferConfig) -> None:
     if not config.overwrite and not config.resume:
         raise ValueError(f'The result file {path} exists. Give --resume to go on with it, --overwrite to '
                          f'start again, or another --result_path.')
-
-
-@contextmanager
-def _told_as(what: str) -> Iterator[None]:
-    """Turn an OSError into a ValueError that tells what could not be done."""
-    try:
-        yield
-    except OSError as e:
-        raise ValueError(f'{what}: {e.strerror or e}.') from e
-
-
-def _swift_arguments(config: InferConfig, checkpoints: Sequence[AdapterCheckpoint]) -> 'BaseArguments':
-    from swift.arguments import BaseArguments
-    from swift.utils import is_dist
-    if is_dist():
-        raise ValueError('swift-patch infer runs in one process; split the dataset to use several.')
-    # For their args.json only: ms-swift takes what is not given from the first of these.
-    trained = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint.has_args]
-    try:
-        return BaseArguments(adapters=trained, **config.swift_args)
-    except Exception as e:  # for users' mistakes: assertions, errors of hubs and networks, OSError, ValueError
-        raise ValueError(f'ms-swift cannot use these arguments: {type(e).__name__}: {e}') from e
 
 
 def _to_request(sample: Sample) -> 'InferRequest':

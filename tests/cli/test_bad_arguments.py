@@ -20,7 +20,7 @@ NUMBERS = [
 OPTIONS = [
     *NUMBERS, '--merge_method', '--combination_type', '--majority_sign_method', '--torch_dtype', '--seed', '--use_hf',
     '--logprobs', '--truncation_strategy', '--samples', '--stock_seconds', '--resume', '--overwrite', '--val_dataset',
-    '--result_path', '--adapters', '--unknown'
+    '--result_path', '--adapters', '--adapters_per_sample', '--picture', '--json', '--synthetic', '--unknown'
 ]
 ODD = [
     '', ' ', '=', 'a=', '=b', 'a=b=c', 'nan', '-inf', '1e400', '9' * 5000, '-1', '0x10', 'true', 'None', '[', '{}',
@@ -48,7 +48,8 @@ def run(arguments: List[str]) -> Tuple[int, str]:
 @given(arguments=st.lists(VALUES | st.sampled_from(OPTIONS), max_size=5))
 def test_any_arguments_are_refused_without_a_traceback(arguments: List[str]) -> None:
     # Beside what is right but for the files, which do not exist; and what comes last is in force.
-    for command, last in ((REQUIRED, []), (['infer'], []), (['demo'], ['--samples', '0']), (['nothing'], []), ([], [])):
+    for command, last in ((REQUIRED, []), (['infer'], []), (['bench'], ['--samples', '0']),
+                          (['demo'], ['--samples', '0']), (['nothing'], []), ([], [])):
         code, told = run([*command, *arguments, *last])
         assert code == 2
         assert 'error: ' in told and 'Traceback' not in told

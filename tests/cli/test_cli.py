@@ -9,7 +9,8 @@ from swift_patch.cli.doctor import PLUGIN
 from swift_patch.patching import PATCHES
 
 
-@pytest.mark.parametrize('arguments', [['--help'], ['infer', '--help'], ['demo', '--help'], ['doctor', '--help']])
+@pytest.mark.parametrize('arguments',
+                         [['--help'], *([name, '--help'] for name in ('infer', 'bench', 'demo', 'doctor'))])
 def test_help_needs_neither_torch_nor_ms_swift(arguments):
     code = f'''
 import sys

@@ -40,17 +40,13 @@ def test_stock_and_patch_give_the_same_answers_and_stock_is_cut_where_it_takes_t
 
     answers = {'base': compare.answer_with_base(town, samples, lambda: None), 'linear': patch}
     cut = compare.Answers(stock.responses[:4], stock.seconds[:4])
-    report.draw_latency(cut, patch, tmp_path / 'latency.png')
-    assert (tmp_path / 'latency.png').read_bytes()[:4] == b'\x89PNG'
     report.write_results(samples, cut, answers, tmp_path / 'results.jsonl')
     lines = [json.loads(line) for line in Path(tmp_path, 'results.jsonl').read_text().splitlines()]
     assert [line['linear'] for line in lines] == patch.responses
     assert [line.get('stock') for line in lines] == [*stock.responses[:4], None, None]
     console = Console(record=True, width=100)
-    console.print(report.latency_table(cut, patch))
     console.print(report.accuracy_table(samples, answers))
-    text = console.export_text()
-    assert '(cut)' in text and 'sum of 1-4' in text and '%' in text
+    assert '%' in console.export_text()
 
 
 def test_tasks_are_the_same_for_a_seed_and_share_facts_but_no_wording():
@@ -74,12 +70,6 @@ def test_answers_are_scored_by_exact_match():
     assert exact_match(['A1 ', 'B2'], ['A1', 'B3']) == 0.5
     with pytest.raises(ValueError):
         exact_match(['A1'], [])
-
-
-@pytest.mark.parametrize('count, cut', [(1, 1), (3, 2), (4, 1), (12, 12)])
-def test_the_table_fits_any_number_of_samples(count, cut):
-    patch, stock = compare.Answers([''] * count, [0.001] * count), compare.Answers([''] * cut, [0.5] * cut)
-    assert report.latency_table(stock, patch).row_count >= 2
 
 
 def test_an_output_folder_that_cannot_be_made_is_told(tmp_path, capsys):

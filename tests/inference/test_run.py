@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from swift_patch import cli
-from swift_patch.cli.infer import COMBINATION_TYPES, add_parser
+from swift_patch.cli.arguments import COMBINATION_TYPES
+from swift_patch.cli.infer import add_parser
 from swift_patch.demo.tiny_model import MODEL_TYPE, TEMPLATE
 from swift_patch.inference import run as run_module
 from swift_patch.inference.dataset import DatasetError

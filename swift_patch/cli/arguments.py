@@ -1,0 +1,89 @@
+"""The arguments that commands share, and types for argparse."""
+import argparse
+import math
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+
+# Handed to ms-swift as they are; one that is not given is left to ms-swift.
+MODEL_OPTIONS = ('model', 'model_type', 'model_revision', 'use_hf', 'torch_dtype', 'device_map', 'attn_impl')
+# The keys of `swift_patch.merging.COMBINATION_TYPES`, which would import torch.
+COMBINATION_TYPES = ('linear', 'average', 'cat', 'svd', 'ties', 'ties_svd', 'dare_linear', 'dare_ties',
+                     'dare_linear_svd', 'dare_ties_svd', 'magnitude_prune', 'magnitude_prune_svd')
+COMPOSER_OPTIONS = ('combination_type', 'density', 'svd_rank', 'majority_sign_method')
+
+
+def add_adapters(group: argparse._ActionsContainer, *, required: bool, help: str) -> None:
+    """Adds `--adapters`."""
+    group.add_argument(
+        '--adapters',
+        nargs='+',
+        required=required,
+        metavar='NAME=PATH',
+        help=f"{help}: checkpoints of swift sft, in ms-swift's or in PEFT's format")
+
+
+def add_model_group(parser: argparse.ArgumentParser) -> None:
+    """Adds the group of `MODEL_OPTIONS`."""
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', metavar='DIR_OR_ID', help="the base model (default: the adapters' args.json)")
+    group.add_argument('--model_type', help="ms-swift's type of the model, where it cannot be told from its files")
+    group.add_argument('--model_revision', help='the revision of a model from a hub')
+    add_bool(group, '--use_hf', help='fetch models from Hugging Face instead of ModelScope')
+    group.add_argument('--torch_dtype', choices=('bfloat16', 'float16', 'float32'), help='the dtype of the weights')
+    group.add_argument(
+        '--device',
+        '--device_map',
+        dest='device_map',
+        metavar='DEVICE',
+        help='cpu, cuda:0, auto or a device map as JSON')
+    group.add_argument('--attn_impl', help='the attention implementation: sdpa, eager, flash_attention_2, ...')
+
+
+def add_combination(group: argparse._ActionsContainer,
+                    *,
+                    help: str,
+                    choices: Sequence[str] = COMBINATION_TYPES,
+                    default: Optional[str] = None) -> None:
+    """Adds `COMPOSER_OPTIONS`."""
+    group.add_argument('--combination_type', choices=choices, default=default, metavar='TYPE', help=help)
+    group.add_argument(
+        '--density', type=number(float, 0, 1), help='the share of values that pruning combination types keep')
+    group.add_argument(
+        '--svd_rank', type=number(int, 1), help='the rank of the fused adapter for svd combination types')
+    group.add_argument(
+        '--majority_sign_method', choices=('total', 'frequency'), help='how ties combination types elect signs')
+
+
+def add_bool(group: argparse._ActionsContainer, name: str, *, help: str) -> None:
+    """Adds a switch in ms-swift's manner: `--name`, `--name true` or `--name false`."""
+    group.add_argument(name, type=_bool, nargs='?', const=True, metavar='BOOL', help=help)
+
+
+def given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
+    """Returns those of the options that were given, by name."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def number(kind: Callable[[str], Union[int, float]],
+           low: int,
+           high: float = math.inf) -> Callable[[str], Union[int, float]]:
+    """Makes a type for argparse that takes finite numbers from `low` to `high`."""
+    expected = f'{"an integer" if kind is int else "a number"} ' + (f'of at least {low}'
+                                                                    if high == math.inf else f'from {low} to {high}')
+
+    def to_number(text: str) -> Union[int, float]:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f'must be {expected}, got {text!r}')
+        return value
+
+    return to_number
+
+
+def _bool(text: str) -> bool:
+    value: Optional[bool] = {'true': True, '1': True, 'false': False, '0': False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f'must be true or false, got {text!r}')
+    return value

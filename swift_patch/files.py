@@ -1,0 +1,47 @@
+"""Writing files that users name: what would fail is told before the work, and nobody finds half a file."""
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator
+
+
+@contextmanager
+def told_as(what: str) -> Iterator[None]:
+    """Turns an OSError into a ValueError that tells what could not be done."""
+    try:
+        yield
+    except OSError as e:
+        raise ValueError(f'{what}: {e.strerror or e}.') from e
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where a file cannot be written, also in folders that are yet to be made. Writes nothing."""
+    with told_as(f'Cannot write {path}'):
+        if path.is_dir():
+            raise ValueError(f'Cannot write {path}: it is a folder.')
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise ValueError(f'Cannot write {path}: {folder} is not a folder.')
+        existing = path if path.exists() else folder
+        if not os.access(existing, os.W_OK):
+            raise ValueError(f'Cannot write {path}: no permission to write to {existing}.')
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Puts a file in place in one step, with the folders that it needs.
+
+    Args:
+        path: The file.
+        write: Writes to the path that it is given, which is next to `path` and ends like it.
+
+    Raises:
+        ValueError: It cannot be written. Whatever was at `path` is still there.
+    """
+    tmp = path.with_name(f'.{os.getpid()}.tmp{path.suffix}')
+    with told_as(f'Cannot write {path}'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(tmp)
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
