@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := swift_patch tests benchmarks
 
-.PHONY: demo test fuzz bench lint format clean
+.PHONY: demo test fuzz bench bench-gate figures lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/swift-patch demo --output_dir demo_out
@@ -18,8 +18,17 @@ fuzz: STEPS ?= 20000
 fuzz: $(VENV)/.installed
 	FUZZ_STEPS=$(STEPS) $(BIN)/python -m pytest -m hypothesis $(PYTEST_ARGS)
 
+# All benchmarks, with figures in benchmarks.json.
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest benchmarks -s $(PYTEST_ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json benchmarks.json $(PYTEST_ARGS)
+
+# Only the ratios that have a bound in benchmarks/gate.toml; red where one is missed.
+bench-gate: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks -m gate --tb=line $(PYTEST_ARGS)
+
+# The tables and the picture of what `make bench` measured last.
+figures: $(VENV)/.installed
+	$(BIN)/python benchmarks/figures.py benchmarks.json docs/cost.png
 
 lint: $(VENV)/.installed
 	$(BIN)/flake8 $(SOURCES)

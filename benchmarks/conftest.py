@@ -1,0 +1,43 @@
+"""What all benchmarks share: two threads, a model of many LoRAs, and the gate."""
+import pytest
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+from gate import Gate
+
+THREADS = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Gate(Path(__file__).with_name('gate.toml')), 'gate')
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Dict[str, Any]) -> None:
+    machine_info['packages'] = {name: version(name) for name in ('torch', 'peft', 'ms-swift')}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """As many threads on every machine: bounds are for this number."""
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For what is Python more than arithmetic: a second thread adds nothing but noise."""
+    import torch
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def model() -> Any:
+    """168 LoRA layers with 14 LoRAs, of which one is active. Benchmarks share it: they switch, and change no more."""
+    from workloads import NAMES, build
+    model = build()
+    model.set_active_adapters(NAMES[0])
+    return model

@@ -1,0 +1,110 @@
+"""README's figures from what `make bench` measured: prints the tables in Markdown and draws the picture.
+
+python benchmarks/figures.py benchmarks.json docs/cost.png
+"""
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from gate import shown
+
+_COLORS = {
+    'stock ms-swift': '#c0392b',
+    'PEFT add + set': '#d68910',
+    'PEFT delete + add + set': '#7d3c98',
+    'swift_patch': '#2471a3',
+}
+_SAMPLES_SHOWN = (1, 2, 5, 10, 20, 30)
+
+
+def tables(content: Dict[str, Any]) -> str:
+    """Returns the tables, with the machine that they are from. What was not measured is left out."""
+    machine, benchmarks = content['machine_info'], content['benchmarks']
+    packages = ', '.join(f'{name} {version}' for name, version in machine.get('packages', {}).items())
+    cpu = machine.get('cpu', {})
+    parts = [f'On {cpu.get("brand_raw", "an unknown CPU")}, {cpu.get("count", "?")} cores, with {packages}.']
+    gated = [found for found in (benchmark['extra_info'] for benchmark in benchmarks) if 'ratio' in found]
+    for subject in dict.fromkeys(found['subject'] for found in gated):
+        rows = [found for found in gated if found['subject'] == subject]
+        over = f', over {rows[0]["divided_by"]}' if rows[0]['divided_by'] else ''
+        parts.append(f'{rows[0]["what"]}{over}:\n\n' + _markdown(['case', 'ms', subject, 'at most'], [[
+            found['case'], ' / '.join(f'{seconds * 1e3:.3g}' for seconds in found['seconds'].values()),
+            shown(found['ratio']),
+            shown(found['bound'])
+        ] for found in rows]))
+    medians = {
+        (found['extra_info'].get('subject'), found['extra_info'].get('case')): found['stats']['median'] * 1e3
+        for found in benchmarks
+    }
+    pairs = [('activating another of 14 LoRAs, 168 layers', ('switching', 'stock'), ('switching', 'another LoRA')),
+             ('offloading where nothing is left to move, 3 LoRAs, 14 layers', ('offload', 'stock'), ('offload',
+                                                                                                     'patch'))]
+    rows = [[what, f'{medians[theirs]:.4g}', f'{medians[ours]:.3g}'] for what, theirs, ours in pairs
+            if theirs in medians and ours in medians]
+    if rows:
+        parts.append(_markdown(['ms', 'stock ms-swift', 'swift_patch'], rows))
+    curves = samples(content)
+    if curves:
+        numbers = [number for number in _SAMPLES_SHOWN if number <= min(map(len, curves.values()))]
+        parts.append(
+            _markdown(['seconds of sample', *map(str, numbers)],
+                      [[path, *(f'{seconds[number - 1]:.2g}' for number in numbers)]
+                       for path, seconds in curves.items()]))
+    return '\n\n'.join(parts)
+
+
+def samples(content: Dict[str, Any]) -> Dict[str, List[float]]:
+    """Returns the seconds of each sample by path."""
+    found = (benchmark['extra_info'] for benchmark in content['benchmarks'])
+    return {extra['case']: extra['samples'] for extra in found if 'samples' in extra}
+
+
+def draw(curves: Dict[str, List[float]], path: Path) -> None:
+    """Draws seconds against the sample's number, on a logarithmic axis."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
+    last = max(map(len, curves.values()))
+    for name, seconds in curves.items():
+        color = _COLORS[name]
+        axes.plot(range(1, len(seconds) + 1), seconds, marker='o', markersize=3, linewidth=1.2, color=color, label=name)
+        axes.annotate(
+            f'{statistics.median(seconds[-3:]):.2g} s', (len(seconds), seconds[-1]), (6, 0),
+            textcoords='offset points',
+            color=color,
+            va='center')
+    axes.set_yscale('log')
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    axes.set(xlabel='sample', ylabel='seconds per sample', xlim=(0, last * 1.13))
+    axes.set_title('Composing 3 of 14 LoRAs (linear, 168 LoRA layers), sample after sample')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', ncols=len(curves))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ['---', *('---:' for _ in header[1:])]
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (header, rule, *rows))
+
+
+def main() -> None:
+    """Reads the first argument, prints, and draws the second."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('json', type=Path, help='what pytest-benchmark wrote')
+    parser.add_argument('picture', type=Path, help='the picture to draw')
+    args = parser.parse_args()
+    content = json.loads(args.json.read_text(encoding='utf-8'))
+    print(tables(content))
+    if samples(content):
+        draw(samples(content), args.picture)
+
+
+if __name__ == '__main__':
+    main()
