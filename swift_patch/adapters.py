@@ -1,12 +1,14 @@
 """The adapters of one model, and what is remembered of those that were fused: which may be refilled, and how."""
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from torch import nn
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from .lora_index import Factors, LoraIndex, factors, rescaled, unpadded
 from .merging import MergeOptions
 from .messages import shown
+from .packing import Blocks, pack
 
 # Where a model keeps the records of its fused adapters, in its `__dict__`: copied with it, and gone with it.
 _ATTRIBUTE = '_fused_adapters'
@@ -32,26 +34,52 @@ class FusedRecord:
     layers: FreshLayers
 
 
-class Adapters(NamedTuple):
-    """The adapters of one model.
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of one model, for the time of one call: the model is compared with what is remembered once.
 
     Attributes:
         model: the model that holds their layers.
         configs: their configs by name.
+        index: the index of the model.
     """
     model: nn.Module
     configs: Mapping[str, Any]
+    index: LoraIndex
+    _blocks: Dict[str, Blocks] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tuner: Any) -> 'Adapters':
         """Returns the adapters of a `SwiftModel` or a `LoraModel` (what a `PeftModel` holds as its `base_model`)."""
+        model, index = tuner.model, LoraIndex.of(tuner.model)
         if isinstance(tuner, LoraModel):
-            return cls(tuner.model, tuner.peft_config)
-        return cls(tuner.model, {name: output.config for name, output in tuner.adapters.items()})
+            configs = tuner.peft_config
+        else:
+            configs = {name: output.config for name, output in tuner.adapters.items()}
+        for deleted in index.layouts.keys() - configs.keys():
+            index.layouts.pop(deleted, None)
+        return cls(model, configs, index)
 
     def layers(self) -> List[Tuple[str, LoraLayer]]:
         """Returns `(name, layer)` of every LoRA layer, in the order of `named_modules`."""
-        return LoraIndex.of(self.model).layers()
+        return self.index.layers()
+
+    def blocks(self, name: str) -> Blocks:
+        """Returns all factors of an adapter."""
+        found = self._blocks.get(name)
+        if found is None:
+            found = self._blocks[name] = Blocks.of(self.index, name)
+        return found
+
+    def pack(self, name: str, undo: ExitStack) -> None:
+        """Moves the factors of an adapter into one piece of memory, see `packing.pack`."""
+        if self.blocks(name).layout.is_loose:
+            pack(self.index, name, undo)
+            self.changed(name)
+
+    def changed(self, name: str) -> None:
+        """Is called where this very call moved parameters of an adapter."""
+        self._blocks.pop(name, None)
 
     def is_fused(self, name: str) -> bool:
         """Returns whether `name` was made by `add_weighted_adapter`, so that it may be refilled."""

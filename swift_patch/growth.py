@@ -30,13 +30,14 @@ def grow(adapters: Adapters, name: str, rank: int, likes: Mapping[str, str], und
         likes: the layers that it shall have at least, each with an adapter to make it like.
         undo: takes what undoes it.
     """
-    layers, config = dict(adapters.layers()), adapters.configs[name]
-    slots = {layer_name: factors(layer, name) for layer_name, layer in layers.items()}
-    old = {layer_name: slot for layer_name, slot in slots.items() if slot is not None}
-    lacking = {layer_name: like for layer_name, like in likes.items() if layer_name not in old}
-    old_rank = max(slot.A.shape[0] for slot in old.values())
+    layout, config = adapters.blocks(name).layout, adapters.configs[name]
+    lacking = {layer_name: like for layer_name, like in likes.items() if layer_name not in layout.places}
+    old_rank = max(A[0] for A, _ in layout.shapes)
     if rank <= old_rank and not lacking:
         return
+    layers = dict(adapters.layers())
+    slots = {layer_name: factors(layer, name) for layer_name, layer in layers.items()}
+    old = {layer_name: slot for layer_name, slot in slots.items() if slot is not None}
     # One rank for all layers, as the config has it, and in every layer it must be divisible by the groups.
     multiple = math.lcm(*(groups(layers[layer_name]) for layer_name in (*old, *lacking)))
     rank = math.ceil(max(rank, old_rank) / multiple) * multiple
@@ -57,6 +58,10 @@ def grow(adapters: Adapters, name: str, rank: int, likes: Mapping[str, str], und
         config.target_modules = {*old, *lacking}
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     describe(adapters, name, config, rank)
+    adapters.changed(name)
+    if rank > old_rank:
+        # All parameters are new objects now.
+        adapters.pack(name, undo)
 
 
 def describe(adapters: Adapters, name: str, config: LoraConfig, rank: int) -> None:

@@ -7,22 +7,24 @@ import ctypes
 import math
 import torch
 from dataclasses import dataclass
-from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from functools import reduce
+from peft.utils.merge_utils import (calculate_majority_sign_mask, dare_linear, dare_ties, disjoint_merge,
+                                    magnitude_prune, prune, reshape_weight_task_tensors, task_arithmetic, ties)
 from torch import Tensor
-from typing import Callable, Dict, List, Literal, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
 from .compat import sign_on_both_factors
-from .lora_index import Factors
+from .lora_index import Factors, Form
 
 
 class Source(NamedTuple):
-    """One adapter to merge, in one LoRA layer.
+    """One adapter to merge, in one LoRA layer or in several, in the form that the combination type takes.
 
     Attributes:
-        A: shape (r, in_features, ...), see `Factors`.
-        B: shape (out_features, r, ...), on the device of `A`.
+        A: see `Form`.
+        B: likewise, on the device of `A`.
         weight: the adapter's weight in the merge, of any sign.
-        scaling: the adapter's scaling in this layer, α/r or α/√r.
+        scaling: the adapter's scaling in these layers, α/r or α/√r.
     """
     A: Tensor
     B: Tensor
@@ -42,9 +44,13 @@ class MergeOptions:
     majority_sign_method: Literal['total', 'frequency'] = 'total'
 
 
-# (sources, options, rank, is_transposed) -> factors. `rank` is the fused adapter's, which `svd` truncates to;
-# `is_transposed` says that the base layer keeps its weight as (in_features, out_features).
-MergeFunction = Callable[[Sequence[Source], MergeOptions, int, bool], Factors]
+# (sources, options, rank, is_transposed, out) -> factors. `rank` is the fused adapter's, which `svd` truncates to;
+# `is_transposed` says that the base layer keeps its weight as (in_features, out_features); `out` is memory that the
+# factors may be put in, where they have its shapes and dtypes, by a function that can.
+MergeFunction = Callable[[Sequence[Source], MergeOptions, int, bool, Optional[Factors]], Factors]
+
+# Elements that stay in a core's cache from one operation to the next, while memory is read and written once.
+_CACHED = 2**18
 
 
 @dataclass(frozen=True)
@@ -55,24 +61,31 @@ class CombinationType:
         merge: the function. Its factors are for scaling 1, those of `average` for `reference_scaling(sources)`.
         rank: the fused rank: that of all sources (`same`), their `sum`, or their `max` unless `svd_rank` is given.
         needs_density: whether the option `density` must be given.
+        form: what the function takes, and gives.
     """
     merge: MergeFunction
     rank: Literal['same', 'sum', 'max']
     needs_density: bool = False
+    form: Form = 'layer'
 
 
-def linear(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
+def linear(sources: Sequence[Source],
+           options: MergeOptions,
+           rank: int,
+           is_transposed: bool,
+           out: Optional[Factors] = None) -> Factors:
     """A = Σ ±√|wⱼsⱼ| Aⱼ, B = Σ √|wⱼsⱼ| Bⱼ: the delta has cross terms BᵢAⱼ besides the weighted sum of the deltas.
 
     The sign of wⱼsⱼ is on A alone, or on both factors where the installed PEFT has it so.
     """
-    weights_A, weights_B = _root_weights(sources)
-    return Factors(
-        _weighted_sum([source.A for source in sources], weights_A),
-        _weighted_sum([source.B for source in sources], weights_B))
+    return _by_side(sources, _root_weights(sources), out, _weighted_sum)
 
 
-def average(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
+def average(sources: Sequence[Source],
+            options: MergeOptions,
+            rank: int,
+            is_transposed: bool,
+            out: Optional[Factors] = None) -> Factors:
     """A = Σ wⱼAⱼ, B = Σ wⱼBⱼ: the fusion of LoraRetriever (Zhao et al. 2024, arXiv:2402.09997, §4.2.2, wⱼ = 1/k).
 
     With s the sources' scaling the delta is s · B · A, for the scaling stays beside the factors. Where scalings differ,
@@ -82,9 +95,7 @@ def average(sources: Sequence[Source], options: MergeOptions, rank: int, is_tran
     reference = reference_scaling(sources)
     weights_B = [source.weight * math.sqrt(abs(source.scaling) / reference) for source in sources]
     weights_A = [math.copysign(1.0, source.scaling) * weight for source, weight in zip(sources, weights_B)]
-    return Factors(
-        _weighted_sum([source.A for source in sources], weights_A),
-        _weighted_sum([source.B for source in sources], weights_B))
+    return _by_side(sources, [weights_A, weights_B], out, _weighted_sum)
 
 
 def reference_scaling(sources: Sequence[Source]) -> float:
@@ -92,17 +103,38 @@ def reference_scaling(sources: Sequence[Source]) -> float:
     return next((abs(source.scaling) for source in sources if source.scaling), 1.0)
 
 
-def cat(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
+def cat(sources: Sequence[Source],
+        options: MergeOptions,
+        rank: int,
+        is_transposed: bool,
+        out: Optional[Factors] = None) -> Factors:
     """A = [w₁s₁A₁; w₂s₂A₂; …], B = [B₁ B₂ …]: the delta, so the output, is the weighted sum of the sources'.
 
     Not so for a convolution in groups, which pair other rows of A with B then: there, too, it is what PEFT makes.
     """
-    return Factors(
-        torch.cat([source.A * (source.weight * source.scaling) for source in sources], dim=0),
-        torch.cat([source.B for source in sources], dim=1))
+    A = _room([source.A for source in sources], -2, out and out.A)
+    B = _room([source.B for source in sources], -1, out and out.B)
+    for source, rows in zip(sources, A.split([source.A.shape[-2] for source in sources], dim=-2)):
+        torch.mul(source.A, source.weight * source.scaling, out=rows)
+    for part, *parts in _parts(B, [source.B for source in sources]):
+        torch.cat(parts, dim=-1, out=part)
+    return Factors(A, B)
 
 
-def svd(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
+def _room(tensors: Sequence[Tensor], dim: int, out: Optional[Tensor]) -> Tensor:
+    """Returns `out`, or new memory where that is not of the shape and dtype of the tensors one after another."""
+    shape, dtype = list(tensors[0].shape), reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    if out is not None and list(out.shape) == shape and out.dtype == dtype:
+        return out
+    return tensors[0].new_empty(shape, dtype=dtype)
+
+
+def svd(sources: Sequence[Source],
+        options: MergeOptions,
+        rank: int,
+        is_transposed: bool,
+        out: Optional[Factors] = None) -> Factors:
     """The best approximation of rank `rank` to Σ wⱼsⱼ²BⱼAⱼ, as PEFT has it (the scaling counts twice).
 
     The sum has at most the rank Σrⱼ, so its truncated SVD is that of a (Σrⱼ, Σrⱼ) matrix between two orthonormal ones
@@ -112,35 +144,75 @@ def svd(sources: Sequence[Source], options: MergeOptions, rank: int, is_transpos
     if options.svd_clamp is not None:
         return _dense_svd(task_arithmetic)(sources, options, rank, is_transposed)
     dtype = torch.promote_types(sources[0].A.dtype, torch.float32)
-    stacked_A = torch.cat([source.A.flatten(1).to(dtype) for source in sources], dim=0)
-    stacked_B = torch.cat([
-        source.B.flatten(1).to(dtype) * (_as_float32(source.weight * source.scaling) * source.scaling)
-        for source in sources
-    ],
-                          dim=1)
+    stacked_A = torch.cat([source.A.to(dtype) for source in sources], dim=-2)
+    weights = [_as_float32(source.weight * source.scaling) * source.scaling for source in sources]
+    stacked_B = torch.cat([source.B.to(dtype) * weight for source, weight in zip(sources, weights)], dim=-1)
     basis_B, core_B = torch.linalg.qr(stacked_B)
     basis_A, core_A = torch.linalg.qr(stacked_A.mT)
     U, S, Vh = torch.linalg.svd(core_B @ core_A.mT, full_matrices=False, driver=options.svd_driver)
-    A = Vh[:rank] @ basis_A.mT
-    B = basis_B @ (U[:, :rank] * S[:rank])
-    return Factors(A.reshape(-1, *sources[0].A.shape[1:]), B.reshape(*B.shape, *sources[0].B.shape[2:]))
+    return Factors(Vh[..., :rank, :] @ basis_A.mT, basis_B @ (U[..., :rank] * S[..., None, :rank]))
 
 
-def _sparse(peft_merge: Callable[..., Tensor], *option_names: str) -> MergeFunction:
-    """Returns the merge function that applies one of PEFT's sparsifying merges to A and to B."""
+def _random(peft_merge: Callable[..., Tensor], *option_names: str) -> MergeFunction:
+    """Returns the merge function that applies one of PEFT's merges with random masks to A and to B of one layer."""
 
-    def merge(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
+    def merge(sources: Sequence[Source],
+              options: MergeOptions,
+              rank: int,
+              is_transposed: bool,
+              out: Optional[Factors] = None) -> Factors:
         arguments = [getattr(options, name) for name in option_names]
-        merged = [
-            peft_merge(tensors,
-                       torch.tensor(weights).to(tensors[0].device), *arguments).to(tensors[0].dtype)
-            for tensors, weights in zip(([source.A
-                                          for source in sources], [source.B
-                                                                   for source in sources]), _root_weights(sources))
-        ]
-        return Factors(*merged)
+        found = []
+        for side, weights in zip(Factors._fields, _root_weights(sources)):
+            tensors = [getattr(source, side) for source in sources]
+            merged = peft_merge(tensors, torch.tensor(weights).to(tensors[0].device), *arguments)
+            found.append(merged.to(tensors[0].dtype))
+        return Factors(*found)
 
     return merge
+
+
+def magnitude_pruned(sources: Sequence[Source],
+                     options: MergeOptions,
+                     rank: int,
+                     is_transposed: bool,
+                     out: Optional[Factors] = None) -> Factors:
+    """`linear` of what is left of A and of B in each layer when only the largest values are kept, `density` of them."""
+
+    def merge(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        out.copy_(task_arithmetic(_pruned(tensors, options), torch.tensor(weights).to(out.device)))
+
+    return _by_side(sources, _root_weights(sources), out, merge)
+
+
+def trimmed_elected(sources: Sequence[Source],
+                    options: MergeOptions,
+                    rank: int,
+                    is_transposed: bool,
+                    out: Optional[Factors] = None) -> Factors:
+    """`magnitude_pruned`, of the values alone that have the sign of the majority (TIES, Yadav et al. 2023,
+    arXiv:2306.01708), averaged over those."""
+
+    def merge(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        pruned = torch.stack(_pruned(tensors, options))
+        is_elected = calculate_majority_sign_mask(pruned, options.majority_sign_method)
+        weighted = pruned * reshape_weight_task_tensors(pruned, torch.tensor(weights).to(out.device))
+        out.copy_(disjoint_merge(weighted, is_elected))
+
+    return _by_side(sources, _root_weights(sources), out, merge)
+
+
+def _pruned(tensors: Sequence[Tensor], options: MergeOptions) -> List[Tensor]:
+    """Returns tensors with the values of largest magnitude in each layer, as PEFT's `prune` keeps them, one by one."""
+    assert options.density is not None  # The plan sees to it.
+    if options.density >= 1:
+        return [prune(tensor, options.density, 'magnitude') for tensor in tensors]
+    found = []
+    for tensor in tensors:
+        rows = tensor.flatten(1)
+        largest = rows.abs().topk(int(options.density * rows.shape[1])).indices
+        found.append(torch.zeros_like(rows).scatter_(1, largest, rows.gather(1, largest)).view(tensor.shape))
+    return found
 
 
 def _dense_svd(peft_merge: Callable[..., Tensor], *option_names: str) -> MergeFunction:
@@ -150,7 +222,11 @@ def _dense_svd(peft_merge: Callable[..., Tensor], *option_names: str) -> MergeFu
     masks of `dare_*_svd` are drawn in that order.
     """
 
-    def merge(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
+    def merge(sources: Sequence[Source],
+              options: MergeOptions,
+              rank: int,
+              is_transposed: bool,
+              out: Optional[Factors] = None) -> Factors:
         arguments = [getattr(options, name) for name in option_names]
         weights = torch.tensor([source.weight * source.scaling for source in sources]).to(sources[0].A.device)
         delta = peft_merge([_dense_delta(source, is_transposed) for source in sources], weights, *arguments)
@@ -170,9 +246,16 @@ def _dense_svd(peft_merge: Callable[..., Tensor], *option_names: str) -> MergeFu
 def _unless_full(dense: MergeFunction) -> MergeFunction:
     """Returns `dense` for a density below 1, and `svd` where nothing is pruned, so that the two are the same."""
 
-    def merge(sources: Sequence[Source], options: MergeOptions, rank: int, is_transposed: bool) -> Factors:
-        is_full = options.density is not None and options.density >= 1
-        return (svd if is_full else dense)(sources, options, rank, is_transposed)
+    def merge(sources: Sequence[Source],
+              options: MergeOptions,
+              rank: int,
+              is_transposed: bool,
+              out: Optional[Factors] = None) -> Factors:
+        if options.density is None or options.density < 1:
+            return dense(sources, options, rank, is_transposed)
+        flat = [source._replace(A=source.A.flatten(1), B=source.B.flatten(1)) for source in sources]
+        A, B = svd(flat, options, rank, is_transposed)
+        return Factors(A.reshape(-1, *sources[0].A.shape[1:]), B.reshape(*B.shape, *sources[0].B.shape[2:]))
 
     return merge
 
@@ -202,13 +285,43 @@ def _root_weights(sources: Sequence[Source]) -> List[List[float]]:
     return [weights_A, weights_B]
 
 
-def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Returns Σ wⱼTⱼ, summed in float32 at least and rounded once to the dtype of the first tensor."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    total = tensors[0].to(dtype) * weights[0]
+def _by_side(sources: Sequence[Source], weights: Sequence[Sequence[float]], out: Optional[Factors],
+             merge: Callable[[Sequence[Tensor], Sequence[float], Tensor], None]) -> Factors:
+    """Returns what `merge` makes of the A, and of the B: of their shape, and the dtypes of the first source.
+
+    Args:
+        sources: the sources.
+        weights: their weights for A, and those for B.
+        out: memory that the factors may be put in.
+        merge: puts into its last argument what it makes of tensors and weights.
+    """
+    found = []
+    for side, weights_of_side in zip(Factors._fields, weights):
+        tensors = [getattr(source, side) for source in sources]
+        result = None if out is None else getattr(out, side)
+        if result is None or result.shape != tensors[0].shape or result.dtype != tensors[0].dtype:
+            result = torch.empty_like(tensors[0])
+        for part, *parts in _parts(result, tensors):
+            merge(parts, weights_of_side, part)
+        found.append(result)
+    return Factors(*found)
+
+
+def _parts(out: Tensor, tensors: Sequence[Tensor]) -> Iterator[Tuple[Tensor, ...]]:
+    """Yields parts of `out` and of all tensors along their first dimension, which stay in the cache of a CPU."""
+    size = max(len(out) * _CACHED // max(out.numel(), 1), 1) if out.device.type == 'cpu' else max(len(out), 1)
+    return zip(*(tensor.split(size) for tensor in (out, *tensors)))
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+    """Puts Σ wⱼTⱼ into `out`, summed in float32 at least and rounded once to its dtype."""
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    total = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    torch.mul(tensors[0].to(dtype), weights[0], out=total)
     for tensor, weight in zip(tensors[1:], weights[1:]):
         total.add_(tensor, alpha=weight)
-    return total.to(tensors[0].dtype)
+    if total is not out:
+        out.copy_(total)
 
 
 def _as_float32(value: float) -> float:
@@ -217,18 +330,18 @@ def _as_float32(value: float) -> float:
 
 
 COMBINATION_TYPES: Dict[str, CombinationType] = {
-    'linear': CombinationType(linear, 'same'),
-    'average': CombinationType(average, 'same'),
-    'cat': CombinationType(cat, 'sum'),
-    'svd': CombinationType(svd, 'max'),
-    'ties': CombinationType(_sparse(ties, 'density', 'majority_sign_method'), 'same', needs_density=True),
+    'linear': CombinationType(linear, 'same', form='elements'),
+    'average': CombinationType(average, 'same', form='elements'),
+    'cat': CombinationType(cat, 'sum', form='matrices'),
+    'svd': CombinationType(svd, 'max', form='matrices'),
+    'ties': CombinationType(trimmed_elected, 'same', needs_density=True, form='matrices'),
     'ties_svd': CombinationType(_dense_svd(ties, 'density', 'majority_sign_method'), 'max', needs_density=True),
-    'dare_linear': CombinationType(_sparse(dare_linear, 'density'), 'same', needs_density=True),
-    'dare_ties': CombinationType(_sparse(dare_ties, 'density', 'majority_sign_method'), 'same', needs_density=True),
+    'dare_linear': CombinationType(_random(dare_linear, 'density'), 'same', needs_density=True),
+    'dare_ties': CombinationType(_random(dare_ties, 'density', 'majority_sign_method'), 'same', needs_density=True),
     'dare_linear_svd': CombinationType(_unless_full(_dense_svd(dare_linear, 'density')), 'max', needs_density=True),
     'dare_ties_svd':
     CombinationType(_dense_svd(dare_ties, 'density', 'majority_sign_method'), 'max', needs_density=True),
-    'magnitude_prune': CombinationType(_sparse(magnitude_prune, 'density'), 'same', needs_density=True),
+    'magnitude_prune': CombinationType(magnitude_pruned, 'same', needs_density=True, form='matrices'),
     'magnitude_prune_svd':
     CombinationType(_unless_full(_dense_svd(magnitude_prune, 'density')), 'max', needs_density=True),
 }

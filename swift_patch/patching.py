@@ -48,7 +48,7 @@ _hooked: Set[str] = set()
 # The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
 # made, so that the patch must wait until it is whole.
 _OWN_MODULES = tuple(f'{__package__}.{name}' for name in ('activation', 'adapters', 'compat', 'composer', 'growth',
-                                                          'lora_index', 'merging', 'plan', 'weighted'))
+                                                          'lora_index', 'merging', 'packing', 'plan', 'weighted'))
 # Guards all of the above. Reentrant: patching imports modules of this package, which may import a hooked module.
 _lock = threading.RLock()
 

@@ -1,18 +1,21 @@
 """Everything that can be wrong with a merge, found before the first write; and the tensors to merge."""
 import ctypes
 import math
+import torch
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from typing import AbstractSet, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import (AbstractSet, Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+                    Tuple, Union)
 
 from .adapters import Adapters
-from .lora_index import LoraIndex, factors, groups
-from .merging import COMBINATION_TYPES, MergeOptions, Source
+from .lora_index import Factors, Form, formed, groups
+from .merging import COMBINATION_TYPES, CombinationType, MergeOptions, Source, reference_scaling
 from .messages import shown
+from .packing import is_transposed
 
 # Kinds of LoRA whose layers compute something else than scaling · B · A: a fused adapter keeps the kind it was made as.
 _VARIANTS = ('use_dora', 'alora_invocation_tokens', 'arrow_config', 'use_qalora')
@@ -24,21 +27,27 @@ _MAX_SVD_RANK = 2**16
 _CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 
 
-class LayerPlan(NamedTuple):
-    """The merge of one LoRA layer.
+class Batch(NamedTuple):
+    """LoRA layers to be merged together: of equal scalings, and of one shape unless they are merged element by element.
 
     Attributes:
-        name: the layer's name in the model.
-        layer: the layer.
-        like: the first source that has the layer, to make a missing one like.
+        names: the layers' names in the model.
+        layers: the layers.
+        shapes: the shapes of A and B that the first source has in each.
+        like: the first source that has them, to make a missing one like.
+        form: the form of the sources' factors.
         sources: what to merge, all on one device.
-        is_transposed: whether the base layer keeps its weight as (in_features, out_features).
+        is_transposed: whether the base layers keep their weights as (in_features, out_features).
+        scaling: the scaling that a new adapter would have there.
     """
-    name: str
-    layer: LoraLayer
+    names: Tuple[str, ...]
+    layers: Tuple[LoraLayer, ...]
+    shapes: List[Tuple[torch.Size, torch.Size]]
     like: str
+    form: Form
     sources: List[Source]
     is_transposed: bool
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -47,16 +56,19 @@ class Plan:
 
     Attributes:
         options: as `check_options` returned them; `options.combination_type` is what the adapter is remembered by.
-        combination_type: what is applied: a single source is merged by `linear`, as in PEFT, unless by `average`.
+        combination: what is applied: a single source is merged by `linear`, as in PEFT, unless by `average`.
         rank: the rank that a new adapter would have.
         config: the config that a new adapter would have.
-        layers: the layers to merge, in the order of `named_modules`.
+        batches: all layers to merge; by the layer they come in the order of `named_modules`, in which random masks are
+            drawn.
+        fresh: the rank and the scaling that a new adapter would have in each layer.
     """
     options: MergeOptions
-    combination_type: str
+    combination: CombinationType
     rank: int
     config: LoraConfig
-    layers: List[LayerPlan]
+    batches: List[Batch]
+    fresh: Dict[str, Tuple[int, float]]
 
 
 def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[float], options: MergeOptions) -> Plan:
@@ -89,25 +101,100 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
         rank = options.svd_rank
 
     config = _fused_config([adapters.config(source) for source in sources], name, rank)
-    is_restricted, layers = _is_restricted(config), []
+    # A clamp's threshold is a quantile of one layer's factors.
+    form = combination.form if options.svd_clamp is None else 'layer'
+    is_restricted = _is_restricted(config)
     if is_restricted:
         _check_other_layers(config, adapters, sources)
-    for layer_name, layer in adapters.layers():
-        found = [(source, weight, adapters.source(source, layer_name, layer))
-                 for source, weight in zip(sources, weights)]
-        merged = [(source, weight, *there) for source, weight, there in found if there is not None]
-        if not (check_target_module_exists(config, layer_name) if is_restricted else merged):
+    batches = []
+    for layers, shapes, parts in _runs(adapters, sources, form, by_layer=is_restricted):
+        names = tuple(layers)
+        if not (check_target_module_exists(config, names[0]) if is_restricted else parts):
             continue
+        _check_layers(layers, parts, sources, name, options)
         # Sources that were offloaded to the CPU are merged where the first one is.
+        device = parts[0].factors.A.device
         tensors = [
-            Source(pair.A.to(merged[0][2].A.device), pair.B.to(merged[0][2].A.device), weight, scaling)
-            for _, weight, pair, scaling in merged
+            Source(*(factor.to(device) for factor in part.factors), weights[part.number], part.scaling)
+            for part in parts
         ]
-        _check_layer(layer_name, layer, tensors, sources, name, options)
-        is_transposed = bool(getattr(layer, 'fan_in_fan_out', False)) or len(layer.lora_embedding_A) > 0
-        layers.append(LayerPlan(layer_name, layer, merged[0][0], tensors, is_transposed))
+        if name == 'average':
+            scaling = reference_scaling(tensors)
+        else:
+            # PEFT gives the new adapter α = r.
+            scaling = math.sqrt(rank) if config.use_rslora else 1.0
+        of_first = layers[names[0]]
+        batches.append(
+            Batch(names, tuple(layers.values()), shapes, sources[parts[0].number], form, tensors,
+                  is_transposed(of_first), scaling))
     _check_modules_to_save(adapters, sources)
-    return Plan(options, name, rank, config, layers)
+    fresh = {
+        layer_name: (A[0] if combination.rank == 'same' else rank, batch.scaling)
+        for batch in batches
+        for layer_name, (A, _) in zip(batch.names, batch.shapes)
+    }
+    return Plan(options, combination, rank, config, batches, fresh)
+
+
+class _Part(NamedTuple):
+    """What one source has to be merged with what the others have there.
+
+    Attributes:
+        number: the source's place among the sources.
+        shapes: the shapes of A and B in the first of the layers.
+        factors: the factors, in the form that the combination type takes.
+        scaling: the scaling.
+    """
+    number: int
+    shapes: Tuple[torch.Size, torch.Size]
+    factors: Factors
+    scaling: float
+
+
+_Run = Tuple[Dict[str, LoraLayer], List[Tuple[torch.Size, torch.Size]], List[_Part]]
+
+
+def _runs(adapters: Adapters, sources: Sequence[str], form: Form, by_layer: bool) -> Iterator[_Run]:
+    """Yields all layers, those together that can be merged together.
+
+    Args:
+        adapters: the adapters of the model.
+        sources: the names of the sources.
+        form: the form that the combination type takes.
+        by_layer: whether to yield each layer alone, in the order of the model, whatever the form.
+
+    Yields:
+        Layers by name, the shapes of A and B that the first source has in each, and what each source has in all of
+        them; alone, also a layer that none has.
+    """
+    every = [adapters.blocks(source) for source in sources]
+    first = every[0].layout
+    is_alike = not any(map(adapters.is_fused, sources)) and all(
+        blocks.layout.names == first.names and blocks.layout.blocks == first.blocks for blocks in every)
+    if by_layer or form == 'layer' or not is_alike:
+        for name, layer in adapters.layers():
+            parts, shapes = [], []
+            for number, source in enumerate(sources):
+                found = adapters.source(source, name, layer)
+                if found is not None:
+                    pair, scaling = found
+                    shapes.append((pair.A.shape, pair.B.shape))
+                    pair = Factors(*(factor.detach().unsqueeze(0) for factor in pair))
+                    parts.append(_Part(number, shapes[-1], formed(pair, form), scaling))
+            yield {name: layer}, shapes[:1], parts
+        return
+    is_flat = form == 'elements' and all(blocks.layout.is_flat and blocks.layout.shapes == first.shapes
+                                         for blocks in every)
+    scalings = [[layer.scaling[source] for layer in first.layers] for source in sources]
+    kinds = list(zip([0] * len(first.names) if is_flat else first.blocks, *scalings))
+    begin = 0
+    for end in range(1, len(kinds) + 1):
+        if end == len(kinds) or kinds[end] != kinds[begin]:
+            yield dict(zip(first.names[begin:end], first.layers[begin:end])), first.shapes[begin:end], [
+                _Part(i, blocks.layout.shapes[begin], blocks.formed(begin, end, form), scalings[i][begin])
+                for i, blocks in enumerate(every)
+            ]
+            begin = end
 
 
 def check_sources(sources: Iterable[str], weights: Iterable[float]) -> Tuple[List[str], List[float]]:
@@ -227,7 +314,7 @@ def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target:
     if target in sources:
         raise ValueError(f'Adapter {target!r} cannot be refilled from itself: make another one by '
                          '`add_weighted_adapter`.')
-    lacking = [item.name for item in plan.layers if factors(item.layer, target) is None]
+    lacking = plan.fresh.keys() - adapters.blocks(target).layout.places.keys()
     for name, layer in adapters.layers():
         if target in layer.merged_adapters:
             raise ValueError(f'Adapter {target!r} is merged into the base weights of layer {name!r}: unmerge it before '
@@ -243,9 +330,8 @@ def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target:
                 f'Adapter {target!r} was made with {variant}={old!r}, but from source {sources[0]!r} would '
                 f'have {variant}={new!r}: make another one by `add_weighted_adapter`.')
         if new and lacking:
-            raise ValueError(
-                f'Adapter {target!r} lacks layers {shown(lacking)} and cannot grow, for it has {variant}={old!r}: '
-                'make another one by `add_weighted_adapter`.')
+            raise ValueError(f'Adapter {target!r} lacks layers {shown(sorted(lacking))} and cannot grow, for it has '
+                             f'{variant}={old!r}: make another one by `add_weighted_adapter`.')
 
 
 def check_source(source: str, adapters: Adapters) -> None:
@@ -258,13 +344,13 @@ def check_source(source: str, adapters: Adapters) -> None:
         raise ValueError(f'Adapter {source!r} is expected to be a LoRA, found a {type(config).__name__}.')
     if getattr(config, 'target_parameters', None):
         raise ValueError(f'Adapter {source!r} targets parameters ({config.target_parameters}), which cannot be merged.')
-    if not any(factors(layer, source) for _, layer in adapters.layers()):
+    if not adapters.blocks(source).layout.places:
         raise ValueError(f'Adapter {source!r} is expected to have LoRA layers that can be merged, found none: the '
                          'model was changed, or they are of another kind (as with `use_merged_linear`).')
 
 
 def _check_modules_to_save(adapters: Adapters, sources: Sequence[str]) -> None:
-    for name, wrapper in LoraIndex.of(adapters.model).of_type(ModulesToSaveWrapper):
+    for name, wrapper in adapters.index.of_type(ModulesToSaveWrapper):
         holders = [source for source in sources if source in wrapper.modules_to_save]
         if len(holders) > 1:
             raise ValueError(
@@ -274,7 +360,7 @@ def _check_modules_to_save(adapters: Adapters, sources: Sequence[str]) -> None:
 
 def _check_other_layers(config: LoraConfig, adapters: Adapters, sources: Sequence[str]) -> None:
     """Raises ValueError where a new adapter of this config would be in a layer that no adapter is in."""
-    for name, module in LoraIndex.of(adapters.model).modules:
+    for name, module in adapters.index.modules:
         if not isinstance(module, LoraLayer) and check_target_module_exists(config, name):
             raise _nothing_to_merge(name, sources)
 
@@ -285,31 +371,33 @@ def _nothing_to_merge(layer_name: str, sources: Sequence[str]) -> ValueError:
                       f'{sources[0]!r}.')
 
 
-def _check_layer(name: str, layer: LoraLayer, tensors: Sequence[Source], sources: Sequence[str], combination_type: str,
-                 options: MergeOptions) -> None:
-    """Raises ValueError where the sources of one layer cannot be merged."""
-    rule = COMBINATION_TYPES[combination_type].rank
-    if not tensors:
+def _check_layers(layers: Mapping[str, LoraLayer], parts: Sequence[_Part], sources: Sequence[str],
+                  combination_type: str, options: MergeOptions) -> None:
+    """Raises ValueError where the sources of a run of layers cannot be merged."""
+    rule, name = COMBINATION_TYPES[combination_type].rank, next(iter(layers))
+    if not parts:
         raise _nothing_to_merge(name, sources)
-    merged = [source for source in sources if source in layer.merged_adapters]
-    if merged:
-        raise ValueError(
-            f'Adapters {shown(merged)} are merged into the base weights of layer {name!r}: unmerge them first.')
-    shapes = {(*tensor.A.shape[1:], *tensor.B.shape[:1]) for tensor in tensors}
+    for layer_name, layer in layers.items():
+        merged = [source for source in sources if source in layer.merged_adapters] if layer.merged_adapters else []
+        if merged:
+            raise ValueError(f'Adapters {shown(merged)} are merged into the base weights of layer {layer_name!r}: '
+                             'unmerge them first.')
+    shapes = {(*A[1:], B[0]) for _, (A, B), _, _ in parts}
     if len(shapes) > 1:
         raise ValueError(f'Adapters {shown(list(sources))} are expected to be of one shape in layer {name!r}, found '
                          f'{sorted(shapes)}.')
-    ranks = [tensor.A.shape[0] for tensor in tensors]
+    ranks = [A[0] for _, (A, _), _, _ in parts]
     if rule == 'same' and len(set(ranks)) > 1:
         raise ValueError(
             f'combination_type {combination_type!r} merges adapters of one rank, found ranks {shown(ranks)} in '
             f"layer {name!r}: use 'cat' or 'svd'.")
-    if rule == 'max' and groups(layer) > 1:
+    count, device = groups(layers[name]), parts[0].factors.A.device
+    if rule == 'max' and count > 1:
         raise ValueError(f'combination_type {combination_type!r} cannot merge layer {name!r}, a convolution in '
-                         f"{groups(layer)} groups: use 'linear' or 'average'.")
-    if rule == 'max' and options.svd_driver is not None and tensors[0].A.device.type != 'cuda':
-        raise ValueError(f'svd_driver={options.svd_driver!r} is for CUDA, found layer {name!r} on '
-                         f'{tensors[0].A.device}: leave it out.')
+                         f"{count} groups: use 'linear' or 'average'.")
+    if rule == 'max' and options.svd_driver is not None and device.type != 'cuda':
+        raise ValueError(f'svd_driver={options.svd_driver!r} is for CUDA, found layer {name!r} on {device}: leave it '
+                         'out.')
 
 
 def _fused_config(configs: Sequence[LoraConfig], combination_type: str, rank: int) -> LoraConfig:

@@ -3,22 +3,24 @@
 Both methods end in the same functions, so that the first sample and the thousandth are merged alike. Everything that
 can be wrong is found in the plan, before the first write; what fails all the same is undone.
 """
-import math
 import torch
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from itertools import groupby
 from peft.tuners.lora import LoraConfig
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
-from typing import Any, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
+from torch import nn
+from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Sequence, Set, Tuple
 
 from .adapters import Adapters
 from .growth import describe, grow
-from .lora_index import Factors, LoraIndex, adapter_containers, factors, padded, rescaled
-from .merging import COMBINATION_TYPES, MergeOptions, reference_scaling
+from .lora_index import Factors, LoraIndex, adapter_containers, adapter_modules, factors, groups, padded, rescaled
+from .merging import MergeOptions
 from .messages import shown
-from .plan import Plan, check_new_name, check_options, check_sources, check_target, plan_merge
+from .packing import Blocks
+from .plan import Batch, Plan, check_new_name, check_options, check_sources, check_target, plan_merge
+from .undo import Undo
 
 
 def add_weighted_adapter(
@@ -68,7 +70,8 @@ def add_weighted_adapter(
                      majority_sign_method))
     loaded = Adapters.of(self)
     # What undoes it comes last, so that it runs before an adapter goes back to where it was offloaded.
-    with plain_tensors(loaded), on_device(loaded, adapters), ExitStack() as undo:
+    with plain_tensors(loaded), on_device(loaded, adapters) as passing, Undo() as undo:
+        _pack_sources(loaded, adapters, passing, undo)
         plan = plan_merge(loaded, adapters, weights, options)
         for parameter in self.model.parameters():
             # PEFT freezes and unfreezes adapters when it adds or removes one.
@@ -81,22 +84,24 @@ def add_weighted_adapter(
         for name, parameter in self.model.named_parameters():
             if adapter_name in name.split('.'):
                 parameter.requires_grad = False
-        merged = _merge(plan)
-        for item in plan.layers:
-            slot = factors(item.layer, adapter_name)
-            if slot is None:
-                raise ValueError(f'Layer {item.name!r} is expected to take a new adapter like {item.like!r}, but did '
-                                 'not: PEFT does not find it by the target modules.')
-            scaling, new = merged[item.name]
-            item.layer.scaling[adapter_name] = scaling
-            if plan.combination_type != 'cat':
-                # As PEFT: whatever the dtype of the base layer, the new adapter has that of the merge.
-                for parameter, value in zip(slot, new):
-                    parameter.data = parameter.data.to(value.dtype)
+        merged = {batch.names: _merge(plan, batch) for batch in plan.batches}
+        loaded = Adapters.of(self)
+        for batch in plan.batches:
+            for name, layer in zip(batch.names, batch.layers):
+                slot = factors(layer, adapter_name)
+                if slot is None:
+                    raise ValueError(f'Layer {name!r} is expected to take a new adapter like {batch.like!r}, but did '
+                                     'not: PEFT does not find it by the target modules.')
+                layer.scaling[adapter_name] = batch.scaling
+                if plan.combination.rank != 'sum':
+                    # As PEFT: whatever the dtype of the base layer, the new adapter has that of the merge.
+                    for parameter, value in zip(slot, merged[batch.names]):
+                        parameter.data = parameter.data.to(value.dtype)
         describe(loaded, adapter_name, plan.config, plan.rank)
-        _write(loaded, adapter_name, merged, undo)
-        loaded.remember(adapter_name, options, plan.config, _fresh_layers(plan, merged))
-        undo.pop_all()
+        loaded.pack(adapter_name, undo)
+        _write(loaded, adapter_name, plan, lambda batch, _: merged[batch.names], undo)
+        loaded.remember(adapter_name, options, plan.config, plan.fresh)
+        undo.commit()
 
 
 def swift_add_weighted_adapter(
@@ -220,16 +225,15 @@ def update_weighted_adapter(
         changed = [item.name for item in fields(options) if getattr(options, item.name) != item.default]
         options = replace(record.options, **{name: getattr(options, name) for name in changed})
     # What undoes it comes last, so that it runs before an adapter goes back to where it was offloaded.
-    with plain_tensors(loaded), on_device(loaded, (*adapters, adapter_name)), ExitStack() as undo:
+    with plain_tensors(loaded), on_device(loaded, (*adapters, adapter_name)) as passing, Undo() as undo:
+        _pack_sources(loaded, adapters, passing, undo)
         plan = plan_merge(loaded, adapters, weights, options)
         check_target(loaded, plan, adapters, adapter_name)
-        merged = _merge(plan)
-        layers = _fresh_layers(plan, merged)
-        rank = max(rank for rank, _ in layers.values())
-        grow(loaded, adapter_name, rank, {item.name: item.like for item in plan.layers}, undo)
-        _write(loaded, adapter_name, merged, undo)
-        loaded.remember(adapter_name, options, plan.config, layers)
-        undo.pop_all()
+        likes = {name: batch.like for batch in plan.batches for name in batch.names}
+        grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), likes, undo)
+        _write(loaded, adapter_name, plan, partial(_merge, plan), undo)
+        loaded.remember(adapter_name, options, plan.config, plan.fresh)
+        undo.commit()
 
 
 def reserve_weighted_adapter(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) -> None:
@@ -246,6 +250,9 @@ def reserve_weighted_adapter(adapters: Adapters, name: str, rank: int, sources: 
         likes.update((layer_name, source) for layer_name, layer in adapters.layers() if factors(layer, source))
     with plain_tensors(adapters), on_device(adapters, [name]), ExitStack() as undo:
         grow(adapters, name, rank, likes, undo)
+        for source in sources:
+            if not adapters.blocks(source).layout.is_meta:
+                adapters.pack(source, undo)
         undo.pop_all()
 
 
@@ -265,56 +272,108 @@ def plain_tensors(adapters: Adapters) -> Iterator[None]:
         yield
 
 
-def _merge(plan: Plan) -> Dict[str, Tuple[float, Factors]]:
-    """Returns by layer name the fused factors and the scaling that they are for. Changes nothing."""
-    merge = COMBINATION_TYPES[plan.combination_type].merge
-    merged = {}
-    for item in plan.layers:
-        if plan.combination_type == 'average':
-            scaling = reference_scaling(item.sources)
+def _pack_sources(adapters: Adapters, sources: Sequence[str], passing: Set[str], undo: ExitStack) -> None:
+    """Packs those of the sources that are on their device to stay."""
+    for source in sources:
+        if source in adapters.configs and source not in passing:
+            adapters.pack(source, undo)
+
+
+def _merge(plan: Plan, batch: Batch, out: Optional[Factors] = None) -> Factors:
+    """Returns the fused factors of a batch in the plan's form, for its scaling. Changes nothing but, perhaps, `out`."""
+    try:
+        return plan.combination.merge(batch.sources, plan.options, plan.rank, batch.is_transposed, out)
+    except torch.linalg.LinAlgError as e:
+        weights = [source.weight for source in batch.sources]
+        raise ValueError(f'combination_type {plan.options.combination_type!r} cannot decompose layer '
+                         f'{batch.names[0]!r} with weights {shown(weights)}: they are expected to be small enough for '
+                         f'the sum to be finite, and so are the adapters ({e}).') from e
+
+
+def _write(adapters: Adapters, adapter_name: str, plan: Plan, merge: Callable[[Batch, Optional[Factors]], Factors],
+           undo: Undo) -> None:
+    """Writes what is merged into `adapter_name`, and zeros into its other layers."""
+    target = adapters.blocks(adapter_name)
+    layout = target.layout
+    undo.reserve(adapters.index.spare, layout.nbytes, len(target.parameters), target.parameters[0].device)
+    with torch.inference_mode(layout.is_inference), torch.no_grad():
+        for batch in plan.batches:
+            whole = _slot(target, adapter_name, batch)
+            for old in whole or ():
+                # Before it is merged into.
+                undo.keep(old)
+            new = merge(batch, whole)
+            parts = [(whole, batch, new)] if whole else _fitting(target, adapter_name, batch, new)
+            for slot, part, new in parts:
+                # The layer multiplies by its own scaling, a constant of compiled graphs: what differs goes into A and
+                # B.
+                new = rescaled(new, batch.scaling / part.layers[0].scaling[adapter_name], in_place=True)
+                new = padded(part.layers[0], new, slot, stacked=int(part.form == 'matrices'))
+                for old, value in zip(slot, new):
+                    if whole is None:
+                        undo.keep(old)
+                    old.copy_(value)
+        unwritten = [layout.places[name] for name in layout.places.keys() - plan.fresh.keys()]
+        zeros = [factor for place in unwritten for factor in target.formed(place, place + 1, 'layer')]
+        # The adapter has biases where the first source has, and they are never merged.
+        zeros += [layer.lora_B[adapter_name].bias for layer in layout.biased]
+        for old in zeros:
+            undo.keep(old)
+            old.zero_()
+    if not layout.is_inference:
+        # Writing to several parameters in one operation counts for one of them alone.
+        torch.autograd.graph.increment_version(target.parameters)
+
+
+def _slot(target: Blocks, adapter_name: str, batch: Batch) -> Optional[Factors]:
+    """Returns the target's factors in the layers of a batch, in its form and in the memory of the parameters.
+
+    None where the target does not hold them together, or with several scalings; it always holds one `layer`.
+    """
+    layout, begin = target.layout, target.layout.places[batch.names[0]]
+    end = begin + len(batch.names)
+    if batch.form != 'layer':
+        if layout.names[begin:end] != batch.names or not layout.is_contiguous:
+            return None
+        is_together = layout.blocks[begin] == layout.blocks[end - 1]
+        if batch.form == 'elements':
+            is_together = (is_together or layout.is_flat) and layout.shapes[begin:end] == batch.shapes
+        if not is_together or len({layer.scaling[adapter_name] for layer in batch.layers}) > 1:
+            return None
+    return target.formed(begin, end, batch.form)
+
+
+def _fitting(target: Blocks, adapter_name: str, batch: Batch, new: Factors) -> Iterator[Tuple[Factors, Batch, Factors]]:
+    """Yields the factors of a batch, all or in parts, with where to put them: the target's factors, and the layers."""
+    slot = _slot(target, adapter_name, batch)
+    if slot is not None:
+        yield slot, batch, new
+        return
+    for part, new_of_part in _split(batch, new):
+        yield from _fitting(target, adapter_name, part, new_of_part)
+
+
+def _split(batch: Batch, new: Factors) -> Iterator[Tuple[Batch, Factors]]:
+    """Yields a batch and its factors in parts: elements as the matrices of layers of one kind, matrices by layer."""
+    is_by_kind = batch.form == 'elements'
+    keys = zip(batch.shapes, map(groups, batch.layers)) if is_by_kind else range(len(batch.layers))
+    begin, offsets = 0, [0, 0]
+    for count in (len(list(same)) for _, same in groupby(keys)):
+        span = slice(begin, begin + count)
+        A, B = batch.shapes[begin]
+        part = batch._replace(
+            names=batch.names[span],
+            layers=batch.layers[span],
+            shapes=batch.shapes[span],
+            form='matrices' if is_by_kind else 'layer')
+        if is_by_kind:
+            sizes = count * A.numel(), count * B.numel()
+            of_A, of_B = (factor.narrow(0, *place) for factor, *place in zip(new, offsets, sizes))
+            yield part, Factors(of_A.reshape(count, A[0], -1), of_B.reshape(count, B[0], -1))
+            offsets = [offset + size for offset, size in zip(offsets, sizes)]
         else:
-            # PEFT gives the new adapter α = r.
-            scaling = math.sqrt(plan.rank) if plan.config.use_rslora else 1.0
-        try:
-            merged[item.name] = scaling, merge(item.sources, plan.options, plan.rank, item.is_transposed)
-        except torch.linalg.LinAlgError as e:
-            weights = [source.weight for source in item.sources]
-            raise ValueError(f'combination_type {plan.combination_type!r} cannot decompose layer {item.name!r} with '
-                             f'weights {shown(weights)}: they are expected to be small enough for the sum to be '
-                             f'finite, and so are the adapters ({e}).') from e
-    return merged
-
-
-def _fresh_layers(plan: Plan, merged: Mapping[str, Tuple[float, Factors]]) -> Dict[str, Tuple[int, float]]:
-    """Returns the rank and the scaling that a new adapter would have in each layer."""
-    is_same = COMBINATION_TYPES[plan.combination_type].rank == 'same'
-    return {name: (new.A.shape[0] if is_same else plan.rank, scaling) for name, (scaling, new) in merged.items()}
-
-
-def _write(adapters: Adapters, adapter_name: str, merged: Mapping[str, Tuple[float, Factors]], undo: ExitStack) -> None:
-    """Writes `merged` into `adapter_name`, and zeros into its other layers."""
-    writes: List[Tuple[Tensor, Optional[Tensor]]] = []
-    for name, layer in adapters.layers():
-        slot = factors(layer, adapter_name)
-        if slot is None:
-            continue
-        if name in merged:
-            scaling, new = merged[name]
-            # The layer multiplies by its own scaling, a constant of compiled graphs: what differs goes into A and B.
-            new = rescaled(new, scaling / layer.scaling[adapter_name])
-            writes.extend(zip(slot, padded(layer, new, slot)))
-        else:
-            writes.extend((parameter, None) for parameter in slot)
-        if layer.lora_bias.get(adapter_name):
-            # It has one where the first source has, and it is never merged.
-            writes.append((layer.lora_B[adapter_name].bias, None))
-    with torch.inference_mode(any(parameter.is_inference() for parameter, _ in writes)), torch.no_grad():
-        for parameter, value in writes:
-            undo.callback(parameter.data.copy_, parameter.clone())
-            if value is None:
-                parameter.zero_()
-            else:
-                parameter.copy_(value)
+            yield part, Factors(new.A[begin].reshape(-1, *A[1:]), new.B[begin].reshape(B[0], -1, *B[2:]))
+        begin += count
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -333,11 +392,16 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 @contextmanager
-def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[None]:
-    """Loads those of the adapters that were offloaded to the meta device, and puts them back at the end."""
+def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[Set[str]]:
+    """Loads those of the adapters that were offloaded to the meta device, and puts them back at the end.
+
+    Yields:
+        Their names.
+    """
+    names = {name for name in names if adapters.blocks(name).layout.is_meta}
     offloaded = []
-    for layer_name, layer in adapters.layers():
-        for name in dict.fromkeys(names):
+    for layer_name, layer in adapters.layers() if names else ():
+        for name in names:
             found = factors(layer, name)
             if found is not None and found.A.is_meta:
                 if name not in layer.lora_A or not hasattr(layer.lora_A[name], 'origin_device'):
@@ -345,12 +409,14 @@ def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[None]:
                                      'values: load it first.')
                 offloaded.append((layer, name))
     if not offloaded:
-        yield
+        yield names
         return
     # Only ms-swift offloads; PEFT alone shall not need it.
     from .activation import collect_garbage_once, move_adapters
     with collect_garbage_once(), ExitStack() as stack:
         for layer, name in offloaded:
-            stack.callback(move_adapters, layer, {name}, 'meta')
-            move_adapters(layer, {name}, None)
-        yield
+            holders = adapter_modules(layer)
+            stack.callback(move_adapters, holders, {name}, 'meta')
+            move_adapters(holders, {name}, None)
+            adapters.changed(name)
+        yield names

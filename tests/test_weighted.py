@@ -308,20 +308,23 @@ def test_sources_and_targets_that_were_offloaded_are_loaded_for_the_merge_and_pu
     assert_close_deltas(model, 'fused', expected)
 
 
-@pytest.mark.parametrize('combination_type', ['linear', 'cat'])
-@pytest.mark.parametrize('failing', [1, 5, 28])
-def test_whatever_is_raised_while_writing_the_model_is_as_it_was(model, failing, combination_type, monkeypatch):
+# `linear` copies the old A and B, and adds the second and third source to each; `cat` copies block by block.
+@pytest.mark.parametrize('combination_type, operation, failing', [('linear', 'copy_', 1), ('linear', 'add_', 2),
+                                                                  ('linear', 'add_', 4), ('cat', 'copy_', 1),
+                                                                  ('cat', 'copy_', 5), ('cat', 'copy_', 8)])
+def test_whatever_is_raised_while_writing_the_model_is_as_it_was(model, failing, operation, combination_type,
+                                                                 monkeypatch):
     add(model)
     before = state(model), config(model, 'fused').to_dict()
-    copy_, calls = torch.Tensor.copy_, []
+    original, calls = getattr(torch.Tensor, operation), []
 
     def fail_once(self, *args, **kwargs):
         calls.append(None)
         if len(calls) == failing:
             raise KeyboardInterrupt
-        return copy_(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, 'copy_', fail_once)
+    monkeypatch.setattr(torch.Tensor, operation, fail_once)
     with pytest.raises(KeyboardInterrupt):
         update(model, combination_type=combination_type)
     monkeypatch.undo()
@@ -475,15 +478,15 @@ def test_a_write_that_fails_into_an_offloaded_adapter_leaves_it_as_it_was(monkey
     add(model)
     before = deltas(model, 'fused')
     model.set_active_adapters('l3', offload='meta')
-    clone, calls = torch.Tensor.clone, []
+    add_, calls = torch.Tensor.add_, []
 
     def fail_once(self, *args, **kwargs):
         calls.append(None)
-        if len(calls) == 9:
+        if len(calls) == 3:
             raise MemoryError
-        return clone(self, *args, **kwargs)
+        return add_(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, 'clone', fail_once)
+    monkeypatch.setattr(torch.Tensor, 'add_', fail_once)
     with pytest.raises(MemoryError):
         update(model)
     monkeypatch.undo()
