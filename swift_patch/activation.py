@@ -6,15 +6,16 @@ in the calling thread (the layers are the truth, not `SwiftModel.active_adapters
 """
 import threading
 from contextlib import contextmanager
+from operator import attrgetter
 from swift.tuners.lora import LoRA
-from swift.tuners.lora_layers import LoraLayer, LoRALayer
+from swift.tuners.lora_layers import LoRAActivationMixin, LoraLayer, LoRALayer
 from swift.tuners.mapping import SWIFT_MAPPING
 from swift.tuners.utils import ModulesToSaveWrapper, OffloadHelper, SwiftAdapter
 from swift.utils import gc_collect
 from torch import nn
-from typing import AbstractSet, Any, Iterable, Iterator, List, Optional, Union
+from typing import AbstractSet, Any, Dict, Iterable, Iterator, List, Optional, Union
 
-from .lora_index import LoraIndex
+from .lora_index import Holder, LoraIndex
 from .messages import shown
 
 # How deep this thread is in `collect_garbage_once`, and whether anything was moved inside.
@@ -135,38 +136,46 @@ def switch_adapters(model: nn.Module, activate: AbstractSet[str], deactivate: Ab
     index = LoraIndex.of(model)
     for _, wrapper in index.of_type(ModulesToSaveWrapper):
         _switch_wrapper(wrapper, activate, deactivate, offload)
+    right: Optional[Dict[str, bool]] = None
     for _, layer in index.of_type(LoraLayer, LoRALayer):
-        states = layer._thread_inf.get(layer.indent, {})
+        thread = 0 if layer.unique_thread else threading.get_ident()
+        states = layer._thread_inf.get(thread, {})
+        # All layers are mostly in one state: what one of them needs no more, none needs.
+        if states == right:
+            continue
         for name in activate:
             if not states.get(name):
                 layer.set_activation(name, True)
         for name in [name for name, is_active in states.items() if is_active and name in deactivate]:
             layer.set_activation(name, False)
-        if hasattr(type(layer), 'save_memory'):
-            move_adapters(layer, activate, None)
-            if offload:
-                move_adapters(layer, deactivate, offload)
+        right = dict(layer._thread_inf.get(thread, {}))
+    holders = index.holders(LoRAActivationMixin)
+    move_adapters(holders, activate, None)
+    if offload:
+        move_adapters(holders, deactivate, offload)
 
 
-def move_adapters(layer: Any, adapters: Iterable[str], offload: Optional[str]) -> None:
-    """Offloads the weights of `adapters` in one of ms-swift's LoRA layers, or loads them back where they were.
+def move_adapters(holders: Iterable[Holder], adapters: Iterable[str], offload: Optional[str]) -> None:
+    """Offloads the weights of `adapters` in some of ms-swift's LoRA layers, or loads them back where they were.
 
     Args:
-        layer: The LoRA layer.
-        adapters: The adapters; those that `layer` does not have are passed over.
+        holders: What the layers keep their adapters in.
+        adapters: The adapters; those that a layer does not have are passed over.
         offload: `'cpu'`, `'meta'`, or None to load.
     """
-    for layer_name in layer.adapter_layer_names:
-        modules = layer._modules[layer_name]._modules
-        for adapter in adapters:
-            module = modules.get(adapter)
-            if module is None:
-                continue
-            key = f'{layer_name}.{adapter}'
-            if offload:
-                SwiftAdapter.offload(module, key, layer.module_key, offload=offload)
-            elif 'origin_device' in module.__dict__:
-                SwiftAdapter.load(module, key, layer.module_key)
+    wanted, is_there = set(adapters), attrgetter(f'is_{offload}') if offload else None
+    # In as few steps as can be for each module: there are thousands, and mostly nothing to do for any.
+    for adapter in wanted:
+        found = [(holder, module) for holder in holders if (module := holder[2].get(adapter)) is not None]
+        if is_there is None:
+            for (layer, attribute, _), module in found:
+                if 'origin_device' in module.__dict__:
+                    SwiftAdapter.load(module, f'{attribute}.{adapter}', layer.module_key)
+        else:
+            for (layer, attribute, _), module in found:
+                if 'origin_device' in module.__dict__ and is_there(module._parameters['weight']):
+                    continue
+                SwiftAdapter.offload(module, f'{attribute}.{adapter}', layer.module_key, offload=offload)
 
 
 def _switch_wrapper(wrapper: ModulesToSaveWrapper, activate: Iterable[str], deactivate: Iterable[str],
