@@ -7,7 +7,7 @@ import pytest
 from itertools import cycle
 from measure import Ratio, interleaved, ratio
 from typing import Any, Callable
-from workloads import NAMES, SOURCES, lora_layers, random_weights, stock
+from workloads import NAMES, SOURCES, build, lora_layers, random_weights, stock
 
 
 def over_lookup(model: Any, name: str, candidate: Callable[[], Any]) -> Ratio:
@@ -55,8 +55,9 @@ def test_stock_switches(benchmark: Any, model: Any) -> None:
 
 @pytest.mark.gate
 @pytest.mark.benchmark(group='switching')
-def test_a_switch_among_fused_adapters(gate: Callable, benchmark: Any, model: Any) -> None:
-    # Last in this file, and this file the last that uses the model: they stay.
+def test_a_switch_among_fused_adapters(gate: Callable, benchmark: Any) -> None:
+    # A model of its own, for they stay.
+    model = build()
     for i in range(60):
         model.add_weighted_adapter(SOURCES, random_weights(), f'fused_{i}', 'linear')
     switch = switching(model)
