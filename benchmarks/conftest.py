@@ -1,10 +1,9 @@
 """What all benchmarks share: two threads, a model of many LoRAs, and the gate."""
 import pytest
+from gate import Gate
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict, Iterator
-
-from gate import Gate
 
 THREADS = 2
 

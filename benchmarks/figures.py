@@ -5,10 +5,9 @@ python benchmarks/figures.py benchmarks.json docs/cost.png
 import argparse
 import json
 import statistics
+from gate import shown
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
-
-from gate import shown
 
 _COLORS = {
     'stock ms-swift': '#c0392b',
