@@ -30,7 +30,8 @@ SIZES: Dict[str, Tuple[str, int, torch.dtype]] = {
 def size(request: pytest.FixtureRequest) -> Tuple[str, Any, Dict[str, Callable[[], Any]]]:
     """A size's name, its model, and the copies."""
     shape, rank, dtype = SIZES[request.param]
-    model = with_loras(base_model(shape), SOURCES, rank, dtype=dtype)
+    # A base of this dtype, too: an adapter that PEFT adds for `cat` has that.
+    model = with_loras(base_model(shape, dtype), SOURCES, rank, dtype=dtype)
     source = torch.rand((len(SOURCES) + 1) * elements(model, SOURCES[0])).to(dtype)
     target = source.clone()
 

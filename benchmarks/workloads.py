@@ -41,18 +41,18 @@ SHAPES: Dict[str, Dict[str, int]] = {
 }
 
 
-def base_model(shape: str = 'small', **changes: int) -> nn.Module:
+def base_model(shape: str = 'small', dtype: torch.dtype = torch.float32, **changes: int) -> nn.Module:
     """Returns a Qwen2 of a shape, `changes` of its config aside, whose weights are zeros that take no memory."""
     with torch.device('meta'):
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=256, **{**SHAPES[shape], **changes}))
-    return without_memory(model)
+    return without_memory(model, dtype)
 
 
-def without_memory(model: nn.Module) -> nn.Module:
+def without_memory(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replaces all parameters of a model by a single zero, expanded to their shapes."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros(()).expand(parameter.shape)
+            zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(zeros, requires_grad=False))
     return model
 
