@@ -6,7 +6,9 @@ layer of each LoRA, is measured once, and with the patch beside, on 14 layers wi
 import pytest
 from test_switching import over_lookup
 from typing import Any, Callable
-from workloads import NAMES, SOURCES, build, stock
+from workloads import NAMES, SOURCES, build
+
+from swift_patch.patching import reverted
 
 
 def offload(model: Any) -> None:
@@ -28,6 +30,6 @@ def test_stock_and_patch(benchmark: Any, path: str) -> None:
     if path == 'patch':
         benchmark.pedantic(offload, args=(model, ), rounds=20, warmup_rounds=1)
     else:
-        with stock():
+        with reverted():
             benchmark.pedantic(offload, args=(model, ), rounds=1)
     benchmark.extra_info.update(subject='offload', case=path)

@@ -12,9 +12,10 @@ from itertools import count
 from measure import Ratio, interleaved, ratio
 from peft import LoraConfig, get_peft_model
 from typing import Any, Callable, Dict, Tuple
-from workloads import NAMES, SOURCES, TARGETS, base_model, build, stock
+from workloads import NAMES, SOURCES, TARGETS, base_model, build
 
 from swift_patch import FusionComposer
+from swift_patch.patching import reverted
 
 SAMPLES = 30
 
@@ -131,7 +132,7 @@ def test_seconds_per_sample(benchmark: Any, path: str) -> None:
     if path == 'swift_patch':
         benchmark.pedantic(sample, rounds=SAMPLES)
     else:
-        with stock():
+        with reverted():
             benchmark.pedantic(sample, rounds=SAMPLES)
     benchmark.extra_info.update(subject='samples', case=path)
     if benchmark.enabled:

@@ -7,7 +7,9 @@ import pytest
 from itertools import cycle
 from measure import Ratio, interleaved, ratio
 from typing import Any, Callable
-from workloads import NAMES, SOURCES, build, lora_layers, random_weights, stock
+from workloads import NAMES, SOURCES, build, lora_layers, random_weights
+
+from swift_patch.patching import reverted
 
 
 def over_lookup(model: Any, name: str, candidate: Callable[[], Any]) -> Ratio:
@@ -48,7 +50,7 @@ def test_a_switch(gate: Callable, benchmark: Any, model: Any) -> None:
 
 @pytest.mark.benchmark(group='switching')
 def test_stock_switches(benchmark: Any, model: Any) -> None:
-    with stock():
+    with reverted():
         benchmark.pedantic(switching(model), rounds=3)
     benchmark.extra_info.update(subject='switching', case='stock')
 

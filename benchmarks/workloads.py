@@ -1,13 +1,12 @@
 """Models with many LoRAs of random values, in the shapes of real ones."""
 import torch
-from contextlib import contextmanager
 from peft.tuners.lora import LoraLayer, LoraModel
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, List, Sequence
 
-import swift_patch
+import swift_patch  # noqa: F401 (applies the patch)
 
 TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 SOURCES = ['lora_0', 'lora_1', 'lora_2']
@@ -143,13 +142,3 @@ class PeftMerge:
             else:
                 LoraModel._generalized_task_arithmetic_weighted_adapter(None, self._type, SOURCES, weights, layer,
                                                                         density, 'total')
-
-
-@contextmanager
-def stock() -> Iterator[None]:
-    """Within it, ms-swift and PEFT are as they were."""
-    swift_patch.revert()
-    try:
-        yield
-    finally:
-        swift_patch.apply()

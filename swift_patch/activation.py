@@ -163,9 +163,9 @@ def move_adapters(holders: Iterable[Holder], adapters: Iterable[str], offload: O
         adapters: The adapters; those that a layer does not have are passed over.
         offload: `'cpu'`, `'meta'`, or None to load.
     """
-    wanted, is_there = set(adapters), attrgetter(f'is_{offload}') if offload else None
+    is_there = attrgetter(f'is_{offload}') if offload else None
     # In as few steps as can be for each module: there are thousands, and mostly nothing to do for any.
-    for adapter in wanted:
+    for adapter in adapters:
         found = [(holder, module) for holder in holders if (module := holder[2].get(adapter)) is not None]
         if is_there is None:
             for (layer, attribute, _), module in found:

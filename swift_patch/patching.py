@@ -7,8 +7,9 @@ import importlib
 import sys
 import threading
 import wrapt
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Dict, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Set, Tuple
 
 
 class Patch(NamedTuple):
@@ -76,6 +77,16 @@ def revert() -> None:
                 delattr(owner, attribute)
             else:
                 setattr(owner, attribute, original)
+
+
+@contextmanager
+def reverted() -> Iterator[None]:
+    """Within it, ms-swift and PEFT are as they were."""
+    revert()
+    try:
+        yield
+    finally:
+        apply()
 
 
 def is_applied() -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Conv1D, Qwen2Config, Qwen2ForCausalLM
 from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
-import swift_patch
 from swift_patch.demo.tiny_model import build_tiny_qwen2
+from swift_patch.patching import reverted as stock
 
 SOURCES, WEIGHTS = ['l2', 'l0', 'l1'], [0.5, 0.2, 0.3]
 PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
@@ -145,16 +145,6 @@ def randomised(model: nn.Module) -> nn.Module:
             if 'lora_' in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
-
-
-@contextmanager
-def stock() -> Iterator[None]:
-    """Within it, ms-swift and PEFT are as they were."""
-    swift_patch.revert()
-    try:
-        yield
-    finally:
-        swift_patch.apply()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..composer import FusionComposer, merge_options
 from ..inference.adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from ..inference.engine import load_engine, swift_arguments
 from ..merging import COMBINATION_TYPES
+from ..patching import reverted
 from .synthetic import write_synthetic
 
 Compose = Callable[[List[str], List[float]], Any]
@@ -135,11 +136,8 @@ def stock_composing(model: nn.Module, **options: Any) -> Iterator[Compose]:
         if isinstance(model, PeftModel):
             model.set_adapter(f'fused_{count}')
 
-    swift_patch.revert()
-    try:
+    with reverted():
         yield compose
-    finally:
-        swift_patch.apply()
 
 
 def seconds_composing(samples: Iterable[Tuple[List[str], List[float]]],
