@@ -18,7 +18,7 @@ _DESCRIBED = ('r', 'lora_alpha', 'alpha_pattern', 'rank_pattern', 'target_module
               'layers_pattern', 'exclude_modules')
 
 
-def grow(adapters: Adapters, name: str, rank: int, likes: Mapping[str, str], undo: ExitStack) -> None:
+def grow(adapters: Adapters, name: str, rank: int, lacking: Mapping[str, str], undo: ExitStack) -> None:
     """Makes sure that a fused adapter has a rank and certain layers. What it computes stays the same.
 
     Where something is lacking, its parameters become new objects, which is logged.
@@ -27,11 +27,10 @@ def grow(adapters: Adapters, name: str, rank: int, likes: Mapping[str, str], und
         adapters: the adapters of the model.
         name: the fused adapter.
         rank: the rank that it shall have at least.
-        likes: the layers that it shall have at least, each with an adapter to make it like.
+        lacking: the layers that it shall have besides, each with an adapter to make it like.
         undo: takes what undoes it.
     """
     layout, config = adapters.blocks(name).layout, adapters.configs[name]
-    lacking = {layer_name: like for layer_name, like in likes.items() if layer_name not in layout.places}
     old_rank = max(A[0] for A, _ in layout.shapes)
     if rank <= old_rank and not lacking:
         return

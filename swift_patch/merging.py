@@ -14,6 +14,7 @@ from torch import Tensor
 from typing import Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
 from .compat import sign_on_both_factors
+from .compiling import compiled_sums
 from .lora_index import Factors, Form
 
 
@@ -112,8 +113,8 @@ def cat(sources: Sequence[Source],
 
     Not so for a convolution in groups, which pair other rows of A with B then: there, too, it is what PEFT makes.
     """
-    A = _room([source.A for source in sources], -2, out and out.A)
-    B = _room([source.B for source in sources], -1, out and out.B)
+    A = _room([source.A for source in sources], out and out.A, -2)
+    B = _room([source.B for source in sources], out and out.B, -1)
     for source, rows in zip(sources, A.split([source.A.shape[-2] for source in sources], dim=-2)):
         torch.mul(source.A, source.weight * source.scaling, out=rows)
     for part, *parts in _parts(B, [source.B for source in sources]):
@@ -121,10 +122,15 @@ def cat(sources: Sequence[Source],
     return Factors(A, B)
 
 
-def _room(tensors: Sequence[Tensor], dim: int, out: Optional[Tensor]) -> Tensor:
-    """Returns `out`, or new memory where that is not of the shape and dtype of the tensors one after another."""
-    shape, dtype = list(tensors[0].shape), reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+def _room(tensors: Sequence[Tensor], out: Optional[Tensor], dim: Optional[int] = None) -> Tensor:
+    """Returns `out`, or new memory where that is not as a merge of the tensors needs it.
+
+    That is the shape and the dtype of the first or, along `dim`, of all one after another.
+    """
+    shape, dtype = list(tensors[0].shape), tensors[0].dtype
+    if dim is not None:
+        shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     if out is not None and list(out.shape) == shape and out.dtype == dtype:
         return out
     return tensors[0].new_empty(shape, dtype=dtype)
@@ -295,16 +301,15 @@ def _by_side(sources: Sequence[Source], weights: Sequence[Sequence[float]], out:
         out: memory that the factors may be put in.
         merge: puts into its last argument what it makes of tensors and weights.
     """
-    found = []
-    for side, weights_of_side in zip(Factors._fields, weights):
-        tensors = [getattr(source, side) for source in sources]
-        result = None if out is None else getattr(out, side)
-        if result is None or result.shape != tensors[0].shape or result.dtype != tensors[0].dtype:
-            result = torch.empty_like(tensors[0])
-        for part, *parts in _parts(result, tensors):
+    tensors = [source.A for source in sources], [source.B for source in sources]
+    found = Factors(*map(_room, tensors, out or (None, None)))
+    # One dimension: the elements of all layers.
+    if merge is _weighted_sum and found.A.dim() == found.B.dim() == 1 and compiled_sums(tensors, weights, found):
+        return found
+    for tensors_of_side, weights_of_side, result in zip(tensors, weights, found):
+        for part, *parts in _parts(result, tensors_of_side):
             merge(parts, weights_of_side, part)
-        found.append(result)
-    return Factors(*found)
+    return found
 
 
 def _parts(out: Tensor, tensors: Sequence[Tensor]) -> Iterator[Tuple[Tensor, ...]]:

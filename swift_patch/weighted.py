@@ -229,8 +229,9 @@ def update_weighted_adapter(
         _pack_sources(loaded, adapters, passing, undo)
         plan = plan_merge(loaded, adapters, weights, options)
         check_target(loaded, plan, adapters, adapter_name)
-        likes = {name: batch.like for batch in plan.batches for name in batch.names}
-        grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), likes, undo)
+        places = loaded.blocks(adapter_name).layout.places
+        lacking = {name: batch.like for batch in plan.batches for name in batch.names if name not in places}
+        grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), lacking, undo)
         _write(loaded, adapter_name, plan, partial(_merge, plan), undo)
         loaded.remember(adapter_name, options, plan.config, plan.fresh)
         undo.commit()
@@ -245,11 +246,13 @@ def reserve_weighted_adapter(adapters: Adapters, name: str, rank: int, sources: 
         rank: The rank that it shall have at least.
         sources: The adapters whose layers it shall have.
     """
-    likes: Dict[str, str] = {}
+    lacking: Dict[str, str] = {}
     for source in sources:
-        likes.update((layer_name, source) for layer_name, layer in adapters.layers() if factors(layer, source))
+        lacking.update(dict.fromkeys(adapters.blocks(source).layout.names, source))
+    for layer_name in adapters.blocks(name).layout.names:
+        lacking.pop(layer_name, None)
     with plain_tensors(adapters), on_device(adapters, [name]), ExitStack() as undo:
-        grow(adapters, name, rank, likes, undo)
+        grow(adapters, name, rank, lacking, undo)
         for source in sources:
             if not adapters.blocks(source).layout.is_meta:
                 adapters.pack(source, undo)

@@ -68,14 +68,16 @@ DEFECTS = [
     Defect(
         'the target is checked after it was written', 'weighted.py', """\
         check_target(loaded, plan, adapters, adapter_name)
-        likes = {name: batch.like for batch in plan.batches for name in batch.names}
-        grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), likes, undo)
+        places = loaded.blocks(adapter_name).layout.places
+        lacking = {name: batch.like for batch in plan.batches for name in batch.names if name not in places}
+        grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), lacking, undo)
         _write(loaded, adapter_name, plan, partial(_merge, plan), undo)
         loaded.remember(adapter_name, options, plan.config, plan.fresh)
         undo.commit()
 """, """\
-        likes = {name: batch.like for batch in plan.batches for name in batch.names}
-        grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), likes, undo)
+        places = loaded.blocks(adapter_name).layout.places
+        lacking = {name: batch.like for batch in plan.batches for name in batch.names if name not in places}
+        grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), lacking, undo)
         _write(loaded, adapter_name, plan, partial(_merge, plan), undo)
         loaded.remember(adapter_name, options, plan.config, plan.fresh)
         undo.commit()

@@ -17,6 +17,7 @@ from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, Lis
                     Sequence, Set, Tuple)
 
 import swift_patch
+from ..compiling import compile_merging
 from ..composer import FusionComposer, merge_options
 from ..inference.adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from ..inference.engine import load_engine, swift_arguments
@@ -53,6 +54,7 @@ class BenchConfig:
         adapters_per_sample: How many adapters each is composed of; by default 3, or all where there are fewer.
         combination_type: One of PEFT's.
         merge_args: What else `add_weighted_adapter` and `FusionComposer` take for it (`density`, `svd_rank`, ...).
+        compile_merging: Whether the patch merges by a compiled kernel, see `swift_patch.compile_merging`.
         seed: What samples are drawn depends on this, on the names of the adapters and on the numbers above only.
         stock_seconds: The stock path begins no further sample when composing took longer than this in sum.
     """
@@ -63,6 +65,7 @@ class BenchConfig:
     adapters_per_sample: Optional[int] = None
     combination_type: str = 'linear'
     merge_args: Dict[str, Any] = field(default_factory=dict)
+    compile_merging: bool = False
     seed: int = 42
     stock_seconds: float = 120.
 
@@ -100,6 +103,7 @@ def run_bench(config: BenchConfig, stage: Stage, say: Callable[[str], Any]) -> B
     """
     if not swift_patch.is_applied():
         raise ValueError('The patch is switched off: unset SWIFT_PATCH_DISABLE, or call swift_patch.apply().')
+    compile_merging(config.compile_merging)
     with tempfile.TemporaryDirectory() as folder:
         if not config.synthetic:
             return _run(config, config.swift_args, config.adapters, stage, say)

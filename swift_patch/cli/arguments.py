@@ -43,7 +43,7 @@ def add_combination(group: argparse._ActionsContainer,
                     help: str,
                     choices: Sequence[str] = COMBINATION_TYPES,
                     default: Optional[str] = None) -> None:
-    """Adds `COMPOSER_OPTIONS`."""
+    """Adds `COMPOSER_OPTIONS` and `--compile_merging`."""
     group.add_argument('--combination_type', choices=choices, default=default, metavar='TYPE', help=help)
     group.add_argument(
         '--density', type=number(float, 0, 1), help='the share of values that pruning combination types keep')
@@ -51,6 +51,11 @@ def add_combination(group: argparse._ActionsContainer,
         '--svd_rank', type=number(int, 1), help='the rank of the fused adapter for svd combination types')
     group.add_argument(
         '--majority_sign_method', choices=('total', 'frequency'), help='how ties combination types elect signs')
+    group.add_argument(
+        '--compile_merging',
+        action='store_true',
+        help='merge by a kernel that torch.compile makes (linear and average): a pause, then half the time or less in '
+        'half precision')
 
 
 def add_bool(group: argparse._ActionsContainer, name: str, *, help: str) -> None:

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             adapters_per_sample=args.adapters_per_sample,
             combination_type=merge_args.pop('combination_type'),
             merge_args=merge_args,
+            compile_merging=args.compile_merging,
             seed=args.seed,
             stock_seconds=args.stock_seconds)
         result = run_bench(config, partial(stage, console), console.print)

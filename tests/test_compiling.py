@@ -1,0 +1,105 @@
+import logging
+import pytest
+import shutil
+import torch
+from models import SOURCES, WEIGHTS, add, assert_close_deltas, fresh, layers, update
+
+import swift_patch
+from swift_patch import compiling
+from swift_patch.lora_index import factors
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='there is no C++ compiler')
+
+
+def values(model):
+    return [factor.detach().clone() for layer in layers(model).values() for factor in factors(layer, 'fused')]
+
+
+@pytest.fixture(autouse=True)
+def not_compiled_afterwards():
+    yield
+    swift_patch.compile_merging(False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what the kernel sums, and sums it as it would before it is compiled."""
+    found = []
+    swift_patch.compile_merging()
+
+    def kernel(*args):
+        found.append(args)
+        compiling._sums(*args)
+
+    monkeypatch.setattr(compiling, '_kernel', kernel)
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_the_result_is_what_stock_would_have_made(build, dtype):
+    model = build().to(dtype)
+    oracle = fresh(model, ['l1', 'l3'], [0.3, -0.6], 'linear')
+    add(model, SOURCES, WEIGHTS, 'linear')
+    swift_patch.compile_merging()
+    update(model, ['l1', 'l3'], [0.3, -0.6])
+    assert compiling._kernel is not None
+    assert_close_deltas(model, 'fused', oracle, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@needs_compiler
+def test_compiled_or_not_average_is_the_same(model):
+    add(model, SOURCES, WEIGHTS, 'average')
+    eager = values(model)
+    update(model, ['l3'], [1.0])
+    swift_patch.compile_merging()
+    update(model, SOURCES, WEIGHTS)
+    assert compiling._kernel is not None
+    for found, expected in zip(values(model), eager):
+        torch.testing.assert_close(found, expected)
+
+
+def test_all_layers_are_summed_in_one_call(model, calls):
+    add(model, SOURCES, WEIGHTS, 'linear')
+    calls.clear()
+    update(model)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('combination_type', ['cat', 'svd', 'magnitude_prune'])
+def test_other_types_know_no_kernel(model, calls, combination_type):
+    add(model, SOURCES, WEIGHTS, combination_type, density=0.5)
+    assert not calls
+
+
+def test_where_compiling_fails_merging_goes_on_and_says_so_once(model, monkeypatch, caplog):
+    oracle = fresh(model, ['l1', 'l3'], [0.3, -0.6], 'linear')
+    add(model, SOURCES, WEIGHTS, 'linear')
+
+    def fail(outs, *_):
+        outs[0].fill_(7)
+        raise RuntimeError('no compiler\nand many lines more')
+
+    monkeypatch.setattr(compiling, '_kernel', fail)
+    with caplog.at_level(logging.WARNING):
+        for weights in (WEIGHTS, [0.3, -0.6]):
+            update(model, ['l1', 'l3', 'l0'][:len(weights)], weights)
+    assert [record.message for record in caplog.records
+            ] == ['Merging goes on without a compiled kernel, for torch.compile failed: no compiler']
+    assert_close_deltas(model, 'fused', oracle)
+
+
+def test_an_interrupt_while_compiling_is_no_failure_of_the_compiler(model, monkeypatch):
+    add(model, SOURCES, WEIGHTS, 'linear')
+    before = values(model)
+
+    def interrupt(outs, *_):
+        outs[0].fill_(7)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiling, '_kernel', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        update(model, ['l1'], [1.0])
+    assert compiling._kernel is interrupt
+    assert all(map(torch.equal, values(model), before))
