@@ -62,11 +62,13 @@ class CombinationType:
         merge: the function. Its factors are for scaling 1, those of `average` for `reference_scaling(sources)`.
         rank: the fused rank: that of all sources (`same`), their `sum`, or their `max` unless `svd_rank` is given.
         needs_density: whether the option `density` must be given.
+        prunes_at_random: whether what it takes was pruned, see `pruned_at_random`.
         form: what the function takes, and gives.
     """
     merge: MergeFunction
     rank: Literal['same', 'sum', 'max']
     needs_density: bool = False
+    prunes_at_random: bool = False
     form: Form = 'layer'
 
 
@@ -159,25 +161,6 @@ def svd(sources: Sequence[Source],
     return Factors(Vh[..., :rank, :] @ basis_A.mT, basis_B @ (U[..., :rank] * S[..., None, :rank]))
 
 
-def _random(peft_merge: Callable[..., Tensor], *option_names: str) -> MergeFunction:
-    """Returns the merge function that applies one of PEFT's merges with random masks to A and to B of one layer."""
-
-    def merge(sources: Sequence[Source],
-              options: MergeOptions,
-              rank: int,
-              is_transposed: bool,
-              out: Optional[Factors] = None) -> Factors:
-        arguments = [getattr(options, name) for name in option_names]
-        found = []
-        for side, weights in zip(Factors._fields, _root_weights(sources)):
-            tensors = [getattr(source, side) for source in sources]
-            merged = peft_merge(tensors, torch.tensor(weights).to(tensors[0].device), *arguments)
-            found.append(merged.to(tensors[0].dtype))
-        return Factors(*found)
-
-    return merge
-
-
 def magnitude_pruned(sources: Sequence[Source],
                      options: MergeOptions,
                      rank: int,
@@ -200,23 +183,51 @@ def trimmed_elected(sources: Sequence[Source],
     arXiv:2306.01708), averaged over those."""
 
     def merge(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-        pruned = torch.stack(_pruned(tensors, options))
-        is_elected = calculate_majority_sign_mask(pruned, options.majority_sign_method)
-        weighted = pruned * reshape_weight_task_tensors(pruned, torch.tensor(weights).to(out.device))
-        out.copy_(disjoint_merge(weighted, is_elected))
+        _elected_sum(_pruned(tensors, options), weights, out, options)
 
     return _by_side(sources, _root_weights(sources), out, merge)
 
 
+def elected(sources: Sequence[Source],
+            options: MergeOptions,
+            rank: int,
+            is_transposed: bool,
+            out: Optional[Factors] = None) -> Factors:
+    """`linear` of the values alone that have the sign of the majority, averaged over those."""
+
+    def merge(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        _elected_sum(tensors, weights, out, options)
+
+    return _by_side(sources, _root_weights(sources), out, merge)
+
+
+def _elected_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: MergeOptions) -> None:
+    """Puts the weighted sum of those values into `out` that have the sign of the majority, averaged over those."""
+    stacked = torch.stack(list(tensors))
+    is_elected = calculate_majority_sign_mask(stacked, options.majority_sign_method)
+    weighted = stacked * reshape_weight_task_tensors(stacked, torch.tensor(weights).to(out.device))
+    out.copy_(disjoint_merge(weighted, is_elected))
+
+
+def pruned_at_random(tensor: Tensor, options: MergeOptions) -> Tensor:
+    """Returns a tensor with `density` of its values, as PEFT draws them (DARE, Yu et al. 2023, arXiv:2311.03099)."""
+    return prune(tensor, _density(options), 'random', rescale=True)
+
+
+def _density(options: MergeOptions) -> float:
+    assert options.density is not None  # The plan sees to it.
+    return options.density
+
+
 def _pruned(tensors: Sequence[Tensor], options: MergeOptions) -> List[Tensor]:
     """Returns tensors with the values of largest magnitude in each layer, as PEFT's `prune` keeps them, one by one."""
-    assert options.density is not None  # The plan sees to it.
-    if options.density >= 1:
-        return [prune(tensor, options.density, 'magnitude') for tensor in tensors]
+    density = _density(options)
+    if density >= 1:
+        return [prune(tensor, density, 'magnitude') for tensor in tensors]
     found = []
     for tensor in tensors:
         rows = tensor.flatten(1)
-        largest = rows.abs().topk(int(options.density * rows.shape[1])).indices
+        largest = rows.abs().topk(int(density * rows.shape[1])).indices
         found.append(torch.zeros_like(rows).scatter_(1, largest, rows.gather(1, largest)).view(tensor.shape))
     return found
 
@@ -341,8 +352,8 @@ COMBINATION_TYPES: Dict[str, CombinationType] = {
     'svd': CombinationType(svd, 'max', form='matrices'),
     'ties': CombinationType(trimmed_elected, 'same', needs_density=True, form='matrices'),
     'ties_svd': CombinationType(_dense_svd(ties, 'density', 'majority_sign_method'), 'max', needs_density=True),
-    'dare_linear': CombinationType(_random(dare_linear, 'density'), 'same', needs_density=True),
-    'dare_ties': CombinationType(_random(dare_ties, 'density', 'majority_sign_method'), 'same', needs_density=True),
+    'dare_linear': CombinationType(linear, 'same', needs_density=True, prunes_at_random=True, form='matrices'),
+    'dare_ties': CombinationType(elected, 'same', needs_density=True, prunes_at_random=True, form='matrices'),
     'dare_linear_svd': CombinationType(_unless_full(_dense_svd(dare_linear, 'density')), 'max', needs_density=True),
     'dare_ties_svd':
     CombinationType(_dense_svd(dare_ties, 'density', 'majority_sign_method'), 'max', needs_density=True),

@@ -10,13 +10,13 @@ from functools import partial
 from itertools import groupby
 from peft.tuners.lora import LoraConfig
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Sequence, Set, Tuple
 
 from .adapters import Adapters
 from .growth import describe, grow
 from .lora_index import Factors, LoraIndex, adapter_containers, adapter_modules, factors, groups, padded, rescaled
-from .merging import MergeOptions
+from .merging import MergeOptions, pruned_at_random
 from .messages import shown
 from .packing import Blocks
 from .plan import Batch, Plan, check_new_name, check_options, check_sources, check_target, plan_merge
@@ -84,6 +84,7 @@ def add_weighted_adapter(
         for name, parameter in self.model.named_parameters():
             if adapter_name in name.split('.'):
                 parameter.requires_grad = False
+        plan = _pruned_at_random(loaded, plan)
         merged = {batch.names: _merge(plan, batch) for batch in plan.batches}
         loaded = Adapters.of(self)
         for batch in plan.batches:
@@ -232,7 +233,7 @@ def update_weighted_adapter(
         places = loaded.blocks(adapter_name).layout.places
         lacking = {name: batch.like for batch in plan.batches for name in batch.names if name not in places}
         grow(loaded, adapter_name, max(rank for rank, _ in plan.fresh.values()), lacking, undo)
-        _write(loaded, adapter_name, plan, partial(_merge, plan), undo)
+        _write(loaded, adapter_name, _pruned_at_random(loaded, plan), partial(_merge, plan), undo)
         loaded.remember(adapter_name, options, plan.config, plan.fresh)
         undo.commit()
 
@@ -280,6 +281,33 @@ def _pack_sources(adapters: Adapters, sources: Sequence[str], passing: Set[str],
     for source in sources:
         if source in adapters.configs and source not in passing:
             adapters.pack(source, undo)
+
+
+def _pruned_at_random(adapters: Adapters, plan: Plan) -> Plan:
+    """Returns a plan with its sources pruned, where the combination type prunes at random.
+
+    The masks are drawn in PEFT's order: layer by layer as they come in the model, first of A for each source, then of
+    B.
+    """
+    if not plan.combination.prunes_at_random:
+        return plan
+    batches = []
+    # By layer, what is pruned and where that is put.
+    pairs: Dict[str, Sequence[Tuple[Tensor, Tensor]]] = {}
+    for batch in plan.batches:
+        pruned = [
+            source._replace(A=torch.empty_like(source.A), B=torch.empty_like(source.B)) for source in batch.sources
+        ]
+        batches.append(batch._replace(sources=pruned))
+        of_all_layers = [
+            zip(getattr(old, side), getattr(new, side)) for side in Factors._fields
+            for old, new in zip(batch.sources, pruned)
+        ]
+        pairs.update(zip(batch.names, zip(*of_all_layers)))
+    for name, _ in adapters.layers():
+        for old, new in pairs.get(name, ()):
+            new.copy_(pruned_at_random(old, plan.options))
+    return replace(plan, batches=batches)
 
 
 def _merge(plan: Plan, batch: Batch, out: Optional[Factors] = None) -> Factors:
