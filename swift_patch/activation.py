@@ -136,9 +136,11 @@ def switch_adapters(model: nn.Module, activate: AbstractSet[str], deactivate: Ab
     index = LoraIndex.of(model)
     for _, wrapper in index.of_type(ModulesToSaveWrapper):
         _switch_wrapper(wrapper, activate, deactivate, offload)
+    this_thread = threading.get_ident()
     right: Optional[Dict[str, bool]] = None
     for _, layer in index.of_type(LoraLayer, LoRALayer):
-        thread = 0 if layer.unique_thread else threading.get_ident()
+        # Not by the properties that say so: in a switch that changes nothing, this is what there is to do.
+        thread = 0 if layer._unique_thread else this_thread
         states = layer._thread_inf.get(thread, {})
         # All layers are mostly in one state: what one of them needs no more, none needs.
         if states == right:
@@ -163,19 +165,19 @@ def move_adapters(holders: Iterable[Holder], adapters: Iterable[str], offload: O
         adapters: The adapters; those that a layer does not have are passed over.
         offload: `'cpu'`, `'meta'`, or None to load.
     """
-    is_there = attrgetter(f'is_{offload}') if offload else None
     # In as few steps as can be for each module: there are thousands, and mostly nothing to do for any.
     for adapter in adapters:
-        found = [(holder, module) for holder in holders if (module := holder[2].get(adapter)) is not None]
-        if is_there is None:
-            for (layer, attribute, _), module in found:
-                if 'origin_device' in module.__dict__:
-                    SwiftAdapter.load(module, f'{attribute}.{adapter}', layer.module_key)
-        else:
-            for (layer, attribute, _), module in found:
-                if 'origin_device' in module.__dict__ and is_there(module._parameters['weight']):
-                    continue
-                SwiftAdapter.offload(module, f'{attribute}.{adapter}', layer.module_key, offload=offload)
+        if not offload:
+            away = [(holder, module) for holder in holders
+                    if (module := holder[2].get(adapter)) is not None and 'origin_device' in module.__dict__]
+            for (layer, attribute, _), module in away:
+                SwiftAdapter.load(module, f'{attribute}.{adapter}', layer.module_key)
+            continue
+        is_there = attrgetter(f'is_{offload}')
+        here = [(holder, module) for holder in holders if (module := holder[2].get(adapter)) is not None
+                and not ('origin_device' in (state := module.__dict__) and is_there(state['_parameters']['weight']))]
+        for (layer, attribute, _), module in here:
+            SwiftAdapter.offload(module, f'{attribute}.{adapter}', layer.module_key, offload=offload)
 
 
 def _switch_wrapper(wrapper: ModulesToSaveWrapper, activate: Iterable[str], deactivate: Iterable[str],

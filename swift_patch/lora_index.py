@@ -49,7 +49,7 @@ class LoraIndex:
         self.modules: List[Tuple[str, nn.Module]] = []
         # The dicts of children that were walked, and what they held then.
         self._children: List[Dict[str, Optional[nn.Module]]] = []
-        self._seen: List[List[Optional[nn.Module]]] = []
+        self._seen: List[Dict[str, Optional[nn.Module]]] = []
         self._of_type: Dict[Any, List[Tuple[str, Any]]] = {}
         self._holders: Dict[Any, List['Holder']] = {}
         self.layouts: Dict[str, Any] = {}
@@ -90,8 +90,8 @@ class LoraIndex:
         return dict, ()
 
     def _is_current(self, model: nn.Module) -> bool:
-        # Modules compare by identity: two lists are equal only where they hold the very same modules.
-        return self._children[0] is model._modules and list(map(list, map(dict.values, self._children))) == self._seen
+        # Modules compare by identity: two dicts are equal only where they hold the very same modules.
+        return self._children[0] is model._modules and self._children == self._seen
 
     def _walk(self, name: str, module: nn.Module, visited: Set[nn.Module]) -> None:
         visited.add(module)
@@ -99,7 +99,7 @@ class LoraIndex:
         children = module._modules
         if children or not name:
             self._children.append(children)
-            self._seen.append(list(children.values()))
+            self._seen.append(dict(children))
         for child_name, child in children.items():
             # A base layer may hold LoRA layers of its own (attention, experts); all other children are the adapters.
             is_adapters = isinstance(module, LoraLayer) and child_name != 'base_layer'
