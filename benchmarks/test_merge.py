@@ -8,13 +8,17 @@ buffer to another, where P is what one source holds: three sources and one resul
 The copy is timed on two threads and on one, and the faster of the two counts. On a machine of their own that is the one
 on two. Where another process has one of two cores, threads wait for each other at the end of every copy: one of 13 MB
 took 12 ms on two threads then, and 2 ms on one. Divided by the former, a slow merge would seem a fast one.
+
+`compiled` is after `swift_patch.compile_merging()`, which needs a C++ compiler.
 """
 import pytest
 import statistics
 import torch
 from measure import Ratio, interleaved, ratio
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 from workloads import SOURCES, Refill, base_model, elements, with_loras
+
+import swift_patch
 
 # By name: the shape, the rank and the dtype.
 SIZES: Dict[str, Tuple[str, int, torch.dtype]] = {
@@ -44,12 +48,20 @@ def size(request: pytest.FixtureRequest) -> Tuple[str, Any, Dict[str, Callable[[
     return request.param, model, {'copy': lambda: target.copy_(source), 'copy on 1 thread': copy_on_one_thread}
 
 
+@pytest.fixture
+def compiled_only_here() -> Iterator[None]:
+    yield
+    swift_patch.compile_merging(False)
+
+
 @pytest.mark.gate
 @pytest.mark.benchmark(group='merge')
-@pytest.mark.parametrize('combination_type', ['linear', 'average', 'cat'])
+@pytest.mark.parametrize('way', ['linear', 'average', 'cat', 'linear compiled', 'average compiled'])
 def test_merge_against_copy(gate: Callable, benchmark: Any, size: Tuple[str, Any, Dict[str, Callable[[], Any]]],
-                            combination_type: str) -> None:
+                            way: str, compiled_only_here: None) -> None:
     name, model, copies = size
+    combination_type, *compiled = way.split()
+    swift_patch.compile_merging(bool(compiled))
     update = Refill(model, combination_type, 'wide' if combination_type == 'cat' else 'fused')
 
     def against_copy() -> Ratio:
@@ -58,4 +70,4 @@ def test_merge_against_copy(gate: Callable, benchmark: Any, size: Tuple[str, Any
         return ratio({'update': seconds['update'], copy: seconds[copy]})
 
     benchmark.pedantic(update, rounds=10)
-    gate('merge', f'{name} {combination_type}', against_copy)
+    gate('merge', f'{name} {way}', against_copy)
