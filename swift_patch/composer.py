@@ -5,6 +5,7 @@ import torch
 import weakref
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
+from operator import attrgetter
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
@@ -47,13 +48,15 @@ class _Composition(NamedTuple):
         sources: the sources.
         weights: their weights.
         record: the record of the fused adapter, a new one with each refill.
-        tensors: all tensors of the sources and of the fused adapter, with all that changes when they are written to.
-        values: what some of the sources' tensors held.
+        parameters: all parameters of the sources and of the fused adapter.
+        marks: what changes when they are written to.
+        values: what some of the sources' parameters held.
     """
     sources: List[str]
     weights: List[float]
     record: FusedRecord
-    tensors: List[Tuple['weakref.ref[Tensor]', Any, Any, float]]
+    parameters: List['weakref.ref[Tensor]']
+    marks: List[Any]
     values: List[Tensor]
 
 
@@ -174,15 +177,17 @@ class FusionComposer:
         """
         sources, numbers = self._sources(adapters, weights)
         with self._model_lock.lock, ExitStack() as undo:
-            self._check_usable(sources, numbers)
-            if not self._is_composed(sources, numbers):
+            loaded = Adapters.of(self._tuner)
+            self._check_usable(sources, numbers, loaded)
+            if not self._is_composed(sources, numbers, loaded):
                 self._last = None
                 # First, for nothing may fail once the adapter is refilled.
-                values = [tensor.detach().clone() for tensor in self._samples(sources)]
+                values = [parameter.detach().clone() for parameter in _samples(sources, loaded)]
                 self._refill(sources, numbers, undo)
-                record = Adapters.of(self._tuner).record(self.adapter_name)
-                tensors = [(weakref.ref(tensor), *rest) for tensor, *rest in self._tensors(sources)]
-                self._last = _Composition(sources, numbers, record, tensors, values)
+                loaded = Adapters.of(self._tuner)
+                parameters, marks = self._written(sources, loaded)
+                self._last = _Composition(sources, numbers, loaded.record(self.adapter_name),
+                                          list(map(weakref.ref, parameters)), marks, values)
             self._activate()
             undo.pop_all()
         return self.adapter_name
@@ -266,14 +271,14 @@ class FusionComposer:
             return [sources[numbers.index(max(numbers))]], [1.0]
         return sources, numbers
 
-    def _check_usable(self, sources: List[str], weights: List[float]) -> None:
+    def _check_usable(self, sources: List[str], weights: List[float], loaded: Adapters) -> None:
         if not is_applied():
             raise RuntimeError(_REVERTED)
         if self._model_lock.held not in (None, (self.adapter_name, sources, weights)):
             name, held, _ = self._model_lock.held
             raise RuntimeError(f'Adapter {name!r} is held by a `fused` block of this thread with {shown(held)}: '
                                f'compose {shown(sources)} after that block.')
-        for name, layer in Adapters.of(self._tuner).layers():
+        for name, layer in loaded.layers():
             if layer.merged:
                 raise ValueError(
                     f'Adapters {layer.merged_adapters} are merged into the base weights of layer {name!r}, '
@@ -308,34 +313,37 @@ class FusionComposer:
                 for parameter in factors(layer, self.adapter_name) or ():
                     parameter.requires_grad_(False)
 
-    def _is_composed(self, sources: List[str], weights: List[float]) -> bool:
+    def _is_composed(self, sources: List[str], weights: List[float], loaded: Adapters) -> bool:
         """Whether the fused adapter holds these sources and nothing was written since."""
-        last, loaded = self._last, Adapters.of(self._tuner)
+        last = self._last
         if last is None or (last.sources, last.weights) != (sources, weights):
             return False
         if not loaded.is_fused(self.adapter_name) or loaded.record(self.adapter_name) is not last.record:
             return False
-        now = self._tensors(sources)
-        return len(now) == len(last.tensors) and all(old[0]() is new[0] and old[1:] == new[1:]
-                                                     for old, new in zip(last.tensors, now)) and all(
-                                                         map(torch.equal, last.values, self._samples(sources)))
+        parameters, marks = self._written(sources, loaded)
+        return marks == last.marks and all(old() is new for old, new in zip(last.parameters, parameters)) and all(
+            map(torch.equal, last.values, _samples(sources, loaded)))
 
-    def _tensors(self, sources: List[str]) -> List[Tuple[Tensor, Any, Any, float]]:
-        """Returns the tensors of the sources and the fused adapter, with all that tells that they were written to."""
-        return [
+    def _written(self, sources: List[str], loaded: Adapters) -> Tuple[List[Tensor], List[Any]]:
+        """Returns the parameters of the sources and the fused adapter, and what tells that they were written to."""
+        parameters, marks = [], []
+        for name in (*sources, self.adapter_name):
+            found = loaded.blocks(name)
+            layout = found.layout
             # Inference tensors do not count what is written to them, so they are never the same.
-            (parameter, parameter.data_ptr(), object() if parameter.is_inference() else parameter._version,
-             layer.scaling[adapter]) for _, layer in Adapters.of(self._tuner).layers()
-            for adapter in (*sources, self.adapter_name) for parameter in factors(layer, adapter) or ()
-        ]
+            versions = [object()] if layout.is_inference else list(map(attrgetter('_version'), found.parameters))
+            marks.append((layout.names, layout.addresses, versions, [layer.scaling[name] for layer in layout.layers]))
+            parameters.extend(found.parameters)
+        return parameters, marks
 
-    def _samples(self, sources: List[str]) -> List[Tensor]:
-        """Returns the sources' tensors in three of the layers.
 
-        Writing through `.data` counts nothing. Whatever writes a whole adapter so, like PEFT's hotswap, is seen here.
-        """
-        layers = Adapters.of(self._tuner).layers()
-        some = [*layers[:1], *layers[len(layers) // 2:][:1], *layers[-1:]]
-        found = (factors(layer, source) for _, layer in some for source in sources)
-        # One that is offloaded to the meta device holds nothing, and is another object once it is loaded.
-        return [parameter for pair in found for parameter in pair or () if not parameter.is_meta]
+def _samples(sources: List[str], loaded: Adapters) -> List[Tensor]:
+    """Returns the sources' parameters in three of the layers.
+
+    Writing through `.data` counts nothing. Whatever writes a whole adapter so, like PEFT's hotswap, is seen here.
+    """
+    layers = loaded.layers()
+    some = [*layers[:1], *layers[len(layers) // 2:][:1], *layers[-1:]]
+    found = (factors(layer, source) for _, layer in some for source in sources)
+    # One that is offloaded to the meta device holds nothing, and is another object once it is loaded.
+    return [parameter for pair in found for parameter in pair or () if not parameter.is_meta]

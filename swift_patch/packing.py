@@ -45,6 +45,7 @@ class Layout:
         is_meta: whether some are on the meta device.
         is_inference: whether some were made in inference mode.
         nbytes: the bytes that all take.
+        addresses: the address of every A, then of every B.
     """
 
     def __init__(self, index: LoraIndex, adapter: str):
@@ -82,7 +83,7 @@ class Layout:
         self.is_inference = any(parameter.is_inference() for parameter in parameters)
         self.nbytes = sum(parameter.nbytes for parameter in parameters)
         self.offsets = Factors(*([0, *accumulate(map(Tensor.numel, side))] for side in (A, B)))
-        self._addresses, self._facts = list(map(Tensor.data_ptr, parameters)), self._facts_of(parameters)
+        self.addresses, self._facts = list(map(Tensor.data_ptr, parameters)), self._facts_of(parameters)
 
     def find(self) -> List[Tensor]:
         """Returns the adapter's parameters in the model now: A of each layer, then B of each.
@@ -110,7 +111,7 @@ class Layout:
 
     def is_current(self, parameters: List[Tensor]) -> bool:
         """Returns whether these parameters, found now, are all, and what and where they were."""
-        return (list(map(Tensor.data_ptr, parameters)) == self._addresses and self._facts_of(parameters) == self._facts
+        return (list(map(Tensor.data_ptr, parameters)) == self.addresses and self._facts_of(parameters) == self._facts
                 and not any(self._adapter in holder.children for holder in self._lacking))
 
     def _facts_of(self, parameters: List[Tensor]) -> List[Any]:
