@@ -1,4 +1,4 @@
-"""What all benchmarks share: two threads, a model of many LoRAs, and the gate."""
+"""What all benchmarks share: two threads, and the gate."""
 import pytest
 from gate import Gate
 from importlib.metadata import version
@@ -31,12 +31,3 @@ def one_thread(threads: None) -> None:
     """For what is Python more than arithmetic: a second thread adds nothing but noise."""
     import torch
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope='session')
-def model() -> Any:
-    """168 LoRA layers with 14 LoRAs, of which one is active. Benchmarks share it: they switch, and change no more."""
-    from workloads import NAMES, build
-    model = build()
-    model.set_active_adapters(NAMES[0])
-    return model

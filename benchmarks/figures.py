@@ -28,11 +28,12 @@ def tables(content: Dict[str, Any]) -> str:
     for subject in dict.fromkeys(found['subject'] for found in gated):
         rows = [found for found in gated if found['subject'] == subject]
         over = f', over {rows[0]["divided_by"]}' if rows[0]['divided_by'] else ''
-        parts.append(f'{rows[0]["what"]}{over}:\n\n' + _markdown(['case', 'ms', subject, 'at most'], [[
+        table = _by_size(rows) if subject == 'merge' else _markdown(['case', 'ms', subject, 'at most'], [[
             found['case'], ' / '.join(f'{seconds * 1e3:.3g}' for seconds in found['seconds'].values()),
             shown(found['ratio']),
             shown(found['bound'])
-        ] for found in rows]))
+        ] for found in rows])
+        parts.append(f'{rows[0]["what"]}{over}:\n\n{table}')
     medians = {
         (found['extra_info'].get('subject'), found['extra_info'].get('case')): found['stats']['median'] * 1e3
         for found in benchmarks
@@ -52,6 +53,15 @@ def tables(content: Dict[str, Any]) -> str:
                       [[path, *(f'{seconds[number - 1]:.2g}' for number in numbers)]
                        for path, seconds in curves.items()]))
     return '\n\n'.join(parts)
+
+
+def _by_size(rows: Sequence[Dict[str, Any]]) -> str:
+    """Returns the table of cases such as `40M bf16 linear compiled`: a line for each size and dtype."""
+    ratios = {tuple(found['case'].split(maxsplit=2)): shown(found['ratio']) for found in rows}
+    sizes = dict.fromkeys(key[:2] for key in ratios)
+    ways = dict.fromkeys(way for *_, way in ratios)
+    return _markdown(['P', 'dtype', *ways],
+                     [[*size, *(ratios.get((*size, way), '') for way in ways)] for size in sizes])
 
 
 def samples(content: Dict[str, Any]) -> Dict[str, List[float]]:

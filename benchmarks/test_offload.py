@@ -18,7 +18,8 @@ def offload(model: Any) -> None:
 
 @pytest.mark.gate
 @pytest.mark.benchmark(group='offload')
-def test_nothing_to_move(gate: Callable, benchmark: Any, model: Any) -> None:
+def test_nothing_to_move(gate: Callable, benchmark: Any) -> None:
+    model = build()
     benchmark.pedantic(offload, args=(model, ), rounds=50)
     gate('offload', 'nothing to move', lambda: over_lookup(model, 'offload', lambda: offload(model)))
 

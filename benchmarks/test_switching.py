@@ -12,6 +12,14 @@ from workloads import NAMES, SOURCES, build, lora_layers, random_weights
 from swift_patch.patching import reverted
 
 
+@pytest.fixture(scope='module')
+def model() -> Any:
+    """A model with one active LoRA. Benchmarks share it: they switch, and change no more."""
+    model = build()
+    model.set_active_adapters(NAMES[0])
+    return model
+
+
 def over_lookup(model: Any, name: str, candidate: Callable[[], Any]) -> Ratio:
     """Measures `candidate` against the yardstick."""
     layers = lora_layers(model)

@@ -20,7 +20,7 @@ from .lora_index import Factors, Form, LoraIndex, factors, formed, groups
 _lock = threading.Lock()
 
 
-class _Holder(NamedTuple):
+class _Side(NamedTuple):
     """What a layer keeps one side of its adapters in: a `ModuleDict`'s modules or a `ParameterDict`'s parameters."""
     children: Dict[str, Any]
     is_of_modules: bool
@@ -184,12 +184,12 @@ def is_transposed(layer: LoraLayer) -> bool:
     return bool(getattr(layer, 'fan_in_fan_out', False)) or len(layer.lora_embedding_A) > 0
 
 
-def _holders(layer: LoraLayer, side: str) -> Tuple[_Holder, _Holder]:
+def _holders(layer: LoraLayer, side: str) -> Tuple[_Side, _Side]:
     modules, embeddings = (layer._modules[f'{name}_{side}'] for name in ('lora', 'lora_embedding'))
-    return _Holder(modules._modules, True), _Holder(embeddings._parameters, False)
+    return _Side(modules._modules, True), _Side(embeddings._parameters, False)
 
 
-def _holder(layer: LoraLayer, side: str, adapter: str) -> _Holder:
+def _holder(layer: LoraLayer, side: str, adapter: str) -> _Side:
     """Returns the one of a layer's two holders that has `adapter`."""
     modules, embeddings = _holders(layer, side)
     return modules if adapter in modules.children else embeddings

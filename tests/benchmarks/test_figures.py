@@ -17,18 +17,31 @@ CONTENT = {
             'median': 0.012
         },
         'extra_info': {
-            'subject': 'merge',
-            'case': 'small',
-            'what': 'an update',
-            'divided_by': 'a copy',
+            'subject': 'switching',
+            'case': 'another LoRA',
+            'what': 'a switch',
+            'divided_by': 'a loop',
             'ratio': 3.0,
             'bound': 2,
             'seconds': {
-                'update': 0.012,
-                'copy': 0.004
+                'set': 0.012,
+                'lookup': 0.004
             }
         }
-    }, {
+    }, *({
+        'stats': {
+            'median': 0.012
+        },
+        'extra_info': {
+            'subject': 'merge',
+            'case': case,
+            'what': 'an update',
+            'divided_by': 'a copy',
+            'ratio': ratio,
+            'bound': 2,
+            'seconds': {}
+        }
+    } for case, ratio in (('1M fp32 linear', 3.0), ('1M fp32 linear compiled', 1.5), ('2M bf16 linear', 2.0))), {
         'stats': {
             'median': 0.2
         },
@@ -44,11 +57,18 @@ CONTENT = {
 def test_tables_name_the_machine_and_what_was_measured() -> None:
     assert tables(CONTENT) == '''On A CPU, 2 cores, with torch 2.13.0.
 
+a switch, over a loop:
+
+| case | ms | switching | at most |
+| --- | ---: | ---: | ---: |
+| another LoRA | 12 / 4 | 3 | 2 |
+
 an update, over a copy:
 
-| case | ms | merge | at most |
+| P | dtype | linear | linear compiled |
 | --- | ---: | ---: | ---: |
-| small | 12 / 4 | 3 | 2 |
+| 1M | fp32 | 3 | 1.5 |
+| 2M | bf16 | 2 |  |
 
 | seconds of sample | 1 | 2 |
 | --- | ---: | ---: |
