@@ -41,7 +41,7 @@ def tables(content: Dict[str, Any]) -> str:
     pairs = [('activating another of 14 LoRAs, 168 layers', ('switching', 'stock'), ('switching', 'another LoRA')),
              ('offloading where nothing is left to move, 3 LoRAs, 14 layers', ('offload', 'stock'), ('offload',
                                                                                                      'patch'))]
-    rows = [[what, f'{medians[theirs]:.4g}', f'{medians[ours]:.3g}'] for what, theirs, ours in pairs
+    rows = [[what, f'{medians[theirs]:,.0f}', f'{medians[ours]:.2g}'] for what, theirs, ours in pairs
             if theirs in medians and ours in medians]
     if rows:
         parts.append(_markdown(['ms', 'stock ms-swift', 'swift_patch'], rows))

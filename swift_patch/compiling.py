@@ -18,8 +18,9 @@ def compile_merging(enabled: bool = True) -> None:
     """Makes `linear` and `average` use a compiled kernel from now on, in all models of the process.
 
     It is compiled where it is first needed (a pause of some 15 s, of 2 s where PyTorch finds it in its cache on disk),
-    and again for another dtype, device or number of sources. That pays after hundreds of samples, in half precision
-    above all. Where compiling fails, for want of a C++ compiler for one, that is logged and things stay as they were.
+    and again for another dtype, device or number of sources, up to PyTorch's limit of eight. That pays after hundreds
+    of samples, in half precision above all. Where compiling fails, for want of a C++ compiler for one, that is logged
+    and things stay as they were.
 
     Args:
         enabled: False to use PyTorch's own operations again.

@@ -73,6 +73,17 @@ def test_a_synthetic_model_needs_no_files(tmp_path: Path, capsys: pytest.Capture
     assert '56 LoRA layers, 14 adapters of rank 8' in ' '.join(capsys.readouterr().out.split())
 
 
+def test_the_option_compile_merging_is_handed_on_and_told(written: Any, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = tmp_path / 'a.json', []
+    monkeypatch.setattr(measure, 'compile_merging', asked.append)
+    arguments = [*command(written), '--samples', '1', '--stock_seconds', '0', '--json', str(data), '--overwrite']
+    for option in ([], ['--compile_merging']):
+        assert cli.main([*arguments, *option]) == 0
+        assert json.loads(data.read_text())['settings']['compile_merging'] == bool(option)
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize(('arguments', 'told'), [
     (['--picture', 'a.bmp'], "--picture is expected to end in one of .png, .svg, .pdf, found 'a.bmp'."),
     (['--picture', 'a'], "found 'a'."),

@@ -56,3 +56,13 @@ def test_a_command_is_required(capsys):
     with pytest.raises(SystemExit) as e:
         cli.main([])
     assert e.value.code == 2
+
+
+@pytest.mark.parametrize('option', [[], ['--compile_merging']])
+def test_infer_hands_the_option_compile_merging_on(monkeypatch, option):
+    from swift_patch import compiling
+    asked = []
+    monkeypatch.setattr(compiling, 'compile_merging', asked.append)
+    arguments = ['infer', '--adapters', 'a=none', '--val_dataset', 'none', '--result_path', 'none']
+    assert cli.main([*arguments, *option]) == 2
+    assert asked == [bool(option)]
