@@ -19,6 +19,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 from workloads import SOURCES, Refill, base_model, elements, with_loras
 
 import swift_patch
+from swift_patch import compiling
 
 # By name: the shape, the rank and the dtype.
 SIZES: Dict[str, Tuple[str, int, torch.dtype]] = {
@@ -71,3 +72,5 @@ def test_merge_against_copy(gate: Callable, benchmark: Any, size: Tuple[str, Any
 
     benchmark.pedantic(update, rounds=10)
     gate('merge', f'{name} {way}', against_copy)
+    # Or compiling failed, which was logged.
+    assert bool(compiling._kernel) == bool(compiled)

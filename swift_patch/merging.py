@@ -133,7 +133,7 @@ def _room(tensors: Sequence[Tensor], out: Optional[Tensor], dim: Optional[int] =
     if dim is not None:
         shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    if out is not None and list(out.shape) == shape and out.dtype == dtype:
+    if out is not None and (list(out.shape), out.dtype, out.device) == (shape, dtype, tensors[0].device):
         return out
     return tensors[0].new_empty(shape, dtype=dtype)
 

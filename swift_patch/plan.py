@@ -102,7 +102,7 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
 
     config = _fused_config([adapters.config(source) for source in sources], name, rank)
     # A clamp's threshold is a quantile of one layer's factors.
-    form = combination.form if options.svd_clamp is None else 'layer'
+    form = 'layer' if combination.rank == 'max' and options.svd_clamp is not None else combination.form
     is_restricted = _is_restricted(config)
     if is_restricted:
         _check_other_layers(config, adapters, sources)

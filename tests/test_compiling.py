@@ -49,6 +49,43 @@ def test_compiled_the_result_is_what_stock_would_have_made(build, dtype):
 
 
 @needs_compiler
+def test_compiled_half_precision_is_rounded_once(build):
+    model = build().bfloat16()
+    add(model, SOURCES, WEIGHTS, 'linear')
+    exact = build()
+    add(exact, SOURCES, WEIGHTS, 'linear')
+    for name, layer in layers(exact).items():
+        for source in SOURCES:
+            for new, old in zip(factors(layer, source), factors(layers(model)[name], source)):
+                new.data.copy_(old)
+    update(exact)
+    swift_patch.compile_merging()
+    update(model)
+    pairs = list(zip(values(model), values(exact)))
+    equal = sum((found == expected.bfloat16()).sum() for found, expected in pairs)
+    # All but a few that are half-way between two numbers.
+    assert equal > 0.99 * sum(found.numel() for found, _ in pairs)
+
+
+def test_what_pytorch_compiles_no_more_is_merged_as_before(model, monkeypatch):
+    oracle = fresh(model, ['l1', 'l3'], [0.3, -0.6], 'linear')
+    add(model, SOURCES, WEIGHTS, 'linear')
+
+    swift_patch.compile_merging()
+    calls = []
+
+    def limit(*_):
+        calls.append(None)
+        raise torch._dynamo.exc.FailOnRecompileLimitHit
+
+    monkeypatch.setattr(compiling, '_kernel', limit)
+    for weights in ([1.0, 1.0], [0.3, -0.6]):
+        update(model, ['l1', 'l3'], weights)
+    assert compiling._kernel is limit and len(calls) == 1
+    assert_close_deltas(model, 'fused', oracle)
+
+
+@needs_compiler
 def test_compiled_or_not_average_is_the_same(model):
     add(model, SOURCES, WEIGHTS, 'average')
     eager = values(model)

@@ -92,6 +92,18 @@ def replace_data(parameter):
     parameter.data = parameter.data * 2
 
 
+def test_composing_the_same_again_is_done_where_a_source_was_rescaled(model):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        layer.set_scale('l0', 3)
+    composer.compose(['l0', 'l1'])
+    found = deltas(model, 'fused')
+    FusionComposer(model, adapter_name='new').compose(['l0', 'l1'])
+    for name, delta in deltas(model, 'new').items():
+        torch.testing.assert_close(found[name], delta)
+
+
 @pytest.mark.parametrize('change', [write, replace_data])
 def test_composing_the_same_again_is_done_where_a_source_changed(model, change):
     composer = FusionComposer(model)

@@ -70,6 +70,14 @@ def test_the_options_of_svd_do_what_they_do_in_stock(model, options):
     assert_as_fresh(model, SOURCES, WEIGHTS, 'svd', **options)
 
 
+@pytest.mark.parametrize('combination_type', [name for name in PEFT_TYPES if not name.endswith('svd')])
+def test_a_clamp_is_for_svd_alone_as_in_stock(model, combination_type):
+    options = {'svd_clamp': 0.5, **PEFT_TYPES[combination_type]}
+    add(model)
+    update(model, SOURCES, WEIGHTS, combination_type, **options)
+    assert_as_fresh(model, SOURCES, WEIGHTS, combination_type, **options)
+
+
 def test_frequency_elects_signs_as_in_stock(model):
     add(model)
     update(model, combination_type='ties', density=0.5, majority_sign_method='frequency')

@@ -103,7 +103,8 @@ def run_bench(config: BenchConfig, stage: Stage, say: Callable[[str], Any]) -> B
     """
     if not swift_patch.is_applied():
         raise ValueError('The patch is switched off: unset SWIFT_PATCH_DISABLE, or call swift_patch.apply().')
-    compile_merging(config.compile_merging)
+    if config.compile_merging:
+        compile_merging()
     with tempfile.TemporaryDirectory() as folder:
         if not config.synthetic:
             return _run(config, config.swift_args, config.adapters, stage, say)

@@ -54,7 +54,7 @@ def add_combination(group: argparse._ActionsContainer,
     group.add_argument(
         '--compile_merging',
         action='store_true',
-        help='merge by a kernel that torch.compile makes (linear and average): a pause, then half the time or less in '
+        help='merge by a kernel that torch.compile makes (linear and average): a pause, then about half the time in '
         'half precision')
 
 

@@ -72,10 +72,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0, 2 after a user's mistake (told on stderr), or 130 where it was interrupted.
     """
-    from swift_patch.compiling import compile_merging
     from swift_patch.inference.adapters import parse_adapters
     from swift_patch.inference.run import InferConfig, run_infer
-    compile_merging(args.compile_merging)
     try:
         config = InferConfig(
             adapters=parse_adapters(args.adapters),
@@ -84,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             swift_args=given(args, SWIFT_OPTIONS),
             merge_method=args.merge_method,
             composer_args=given(args, COMPOSER_OPTIONS),
+            compile_merging=args.compile_merging,
             resume=args.resume,
             overwrite=args.overwrite)
         summary = run_infer(config)

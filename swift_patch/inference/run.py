@@ -44,6 +44,7 @@ class InferConfig:
             adapter that has one.
         merge_method: 'fusion', 'mixture' or 'selection'.
         composer_args: Further arguments of `FusionComposer` (`combination_type`, `density`, ...).
+        compile_merging: Merge by a compiled kernel, see `swift_patch.compile_merging`.
         resume: Go on with an existing result file.
         overwrite: Start again, over an existing result file.
     """
@@ -53,6 +54,7 @@ class InferConfig:
     swift_args: Dict[str, Any] = field(default_factory=dict)
     merge_method: Literal['fusion', 'mixture', 'selection'] = 'fusion'
     composer_args: Dict[str, Any] = field(default_factory=dict)
+    compile_merging: bool = False
     resume: bool = False
     overwrite: bool = False
 
@@ -104,7 +106,10 @@ def run_infer(config: InferConfig) -> InferSummary:
     samples = read_dataset(config.val_dataset, config.adapters)
     checkpoints = find_checkpoints(config.adapters)
     _check_result_path(config)
+    from ..compiling import compile_merging
     from ..composer import merge_options
+    if config.compile_merging:
+        compile_merging()
     merge_options(config.merge_method, **config.composer_args)
     args = swift_arguments(config.swift_args, checkpoints)
     results = ResultFile(config, args, samples, checkpoints)
@@ -356,6 +361,9 @@ def _settings(config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[
             settings[key] = value if isinstance(value, (bool, int, float, str, list, dict)) else str(value)
     settings['merge_method'] = config.merge_method
     settings.update({key: value for key, value in sorted(config.composer_args.items()) if value is not None})
+    if config.compile_merging:
+        # It rounds in another way.
+        settings['compile_merging'] = True
     settings.update({f'adapter {checkpoint.name}': checkpoint.digest()[:16] for checkpoint in checkpoints})
     return settings
 

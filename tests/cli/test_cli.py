@@ -59,10 +59,13 @@ def test_a_command_is_required(capsys):
 
 
 @pytest.mark.parametrize('option', [[], ['--compile_merging']])
-def test_infer_hands_the_option_compile_merging_on(monkeypatch, option):
-    from swift_patch import compiling
-    asked = []
-    monkeypatch.setattr(compiling, 'compile_merging', asked.append)
+def test_infer_hands_the_option_compile_merging_on(monkeypatch, capsys, option):
+    from swift_patch.inference import run
+
+    def stop(config):
+        raise ValueError(f'stopped with {config.compile_merging}')
+
+    monkeypatch.setattr(run, 'run_infer', stop)
     arguments = ['infer', '--adapters', 'a=none', '--val_dataset', 'none', '--result_path', 'none']
     assert cli.main([*arguments, *option]) == 2
-    assert asked == [bool(option)]
+    assert f'stopped with {bool(option)}' in capsys.readouterr().err
