@@ -132,6 +132,7 @@ def test_the_json_has_all_of_it(tmp_path: Path) -> None:
         'adapters_per_sample': 2,
         'combination_type': 'linear',
         'merge_args': {'density': 0.5},
+        'compile_merging': False,
         'seed': 42,
         'stock_seconds': 120.,
     }  # yapf: disable
