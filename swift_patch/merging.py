@@ -161,52 +161,36 @@ def svd(sources: Sequence[Source],
     return Factors(Vh[..., :rank, :] @ basis_A.mT, basis_B @ (U[..., :rank] * S[..., None, :rank]))
 
 
-def magnitude_pruned(sources: Sequence[Source],
-                     options: MergeOptions,
-                     rank: int,
-                     is_transposed: bool,
-                     out: Optional[Factors] = None) -> Factors:
-    """`linear` of what is left of A and of B in each layer when only the largest values are kept, `density` of them."""
-
-    def merge(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-        out.copy_(task_arithmetic(_pruned(tensors, options), torch.tensor(weights).to(out.device)))
-
-    return _by_side(sources, _root_weights(sources), out, merge)
-
-
-def trimmed_elected(sources: Sequence[Source],
-                    options: MergeOptions,
-                    rank: int,
-                    is_transposed: bool,
-                    out: Optional[Factors] = None) -> Factors:
-    """`magnitude_pruned`, of the values alone that have the sign of the majority (TIES, Yadav et al. 2023,
-    arXiv:2306.01708), averaged over those."""
-
-    def merge(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-        _elected_sum(_pruned(tensors, options), weights, out, options)
-
-    return _by_side(sources, _root_weights(sources), out, merge)
-
-
 def elected(sources: Sequence[Source],
             options: MergeOptions,
             rank: int,
             is_transposed: bool,
             out: Optional[Factors] = None) -> Factors:
-    """`linear` of the values alone that have the sign of the majority, averaged over those."""
+    """`linear` of the values alone that have the sign of the majority, averaged over those (TIES, Yadav et al. 2023,
+    arXiv:2306.01708)."""
 
     def merge(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-        _elected_sum(tensors, weights, out, options)
+        stacked = torch.stack(list(tensors))
+        is_elected = calculate_majority_sign_mask(stacked, options.majority_sign_method)
+        weighted = stacked * reshape_weight_task_tensors(stacked, torch.tensor(weights).to(out.device))
+        out.copy_(disjoint_merge(weighted, is_elected))
 
     return _by_side(sources, _root_weights(sources), out, merge)
 
 
-def _elected_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: MergeOptions) -> None:
-    """Puts the weighted sum of those values into `out` that have the sign of the majority, averaged over those."""
-    stacked = torch.stack(list(tensors))
-    is_elected = calculate_majority_sign_mask(stacked, options.majority_sign_method)
-    weighted = stacked * reshape_weight_task_tensors(stacked, torch.tensor(weights).to(out.device))
-    out.copy_(disjoint_merge(weighted, is_elected))
+def _trimmed(combine: MergeFunction) -> MergeFunction:
+    """Returns `combine` of what is left of A and of B in each layer when only the largest values are kept."""
+
+    def merge(sources: Sequence[Source],
+              options: MergeOptions,
+              rank: int,
+              is_transposed: bool,
+              out: Optional[Factors] = None) -> Factors:
+        density = _density(options)
+        trimmed = [source._replace(A=_largest(source.A, density), B=_largest(source.B, density)) for source in sources]
+        return combine(trimmed, options, rank, is_transposed, out)
+
+    return merge
 
 
 def pruned_at_random(tensor: Tensor, options: MergeOptions) -> Tensor:
@@ -219,17 +203,13 @@ def _density(options: MergeOptions) -> float:
     return options.density
 
 
-def _pruned(tensors: Sequence[Tensor], options: MergeOptions) -> List[Tensor]:
-    """Returns tensors with the values of largest magnitude in each layer, as PEFT's `prune` keeps them, one by one."""
-    density = _density(options)
+def _largest(tensor: Tensor, density: float) -> Tensor:
+    """Returns a tensor with the values of largest magnitude in each layer, as PEFT's `prune` keeps them one by one."""
     if density >= 1:
-        return [prune(tensor, density, 'magnitude') for tensor in tensors]
-    found = []
-    for tensor in tensors:
-        rows = tensor.flatten(1)
-        largest = rows.abs().topk(int(density * rows.shape[1])).indices
-        found.append(torch.zeros_like(rows).scatter_(1, largest, rows.gather(1, largest)).view(tensor.shape))
-    return found
+        return prune(tensor, density, 'magnitude')
+    rows = tensor.flatten(1)
+    largest = rows.abs().topk(int(density * rows.shape[1])).indices
+    return torch.zeros_like(rows).scatter_(1, largest, rows.gather(1, largest)).view(tensor.shape)
 
 
 def _dense_svd(peft_merge: Callable[..., Tensor], *option_names: str) -> MergeFunction:
@@ -350,14 +330,14 @@ COMBINATION_TYPES: Dict[str, CombinationType] = {
     'average': CombinationType(average, 'same', form='elements'),
     'cat': CombinationType(cat, 'sum', form='matrices'),
     'svd': CombinationType(svd, 'max', form='matrices'),
-    'ties': CombinationType(trimmed_elected, 'same', needs_density=True, form='matrices'),
+    'ties': CombinationType(_trimmed(elected), 'same', needs_density=True, form='matrices'),
     'ties_svd': CombinationType(_dense_svd(ties, 'density', 'majority_sign_method'), 'max', needs_density=True),
     'dare_linear': CombinationType(linear, 'same', needs_density=True, prunes_at_random=True, form='matrices'),
     'dare_ties': CombinationType(elected, 'same', needs_density=True, prunes_at_random=True, form='matrices'),
     'dare_linear_svd': CombinationType(_unless_full(_dense_svd(dare_linear, 'density')), 'max', needs_density=True),
     'dare_ties_svd':
     CombinationType(_dense_svd(dare_ties, 'density', 'majority_sign_method'), 'max', needs_density=True),
-    'magnitude_prune': CombinationType(magnitude_pruned, 'same', needs_density=True, form='matrices'),
+    'magnitude_prune': CombinationType(_trimmed(linear), 'same', needs_density=True, form='matrices'),
     'magnitude_prune_svd':
     CombinationType(_unless_full(_dense_svd(magnitude_prune, 'density')), 'max', needs_density=True),
 }

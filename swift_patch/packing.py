@@ -20,7 +20,7 @@ from .lora_index import Factors, Form, LoraIndex, factors, formed, groups
 _lock = threading.Lock()
 
 
-class _Side(NamedTuple):
+class _Container(NamedTuple):
     """What a layer keeps one side of its adapters in: a `ModuleDict`'s modules or a `ParameterDict`'s parameters."""
     children: Dict[str, Any]
     is_of_modules: bool
@@ -65,8 +65,8 @@ class Layout:
         self.shapes = [(kind[0][0], kind[1][0]) for kind, same in kinds.items() for _ in same]
         self.biased = [layer for layer in self.layers if layer.lora_bias.get(adapter)]
         self._adapter = adapter
-        self._holders = [_holder(layer, side, adapter) for side in 'AB' for layer in self.layers]
-        self._lacking = [holder for layer in lacking for holder in _holders(layer, 'A')]
+        self._containers = [_container(layer, side, adapter) for side in 'AB' for layer in self.layers]
+        self._lacking = [container for layer in lacking for container in _containers(layer, 'A')]
 
         parameters = self.find()
         A, B = self.sides(parameters)
@@ -94,7 +94,7 @@ class Layout:
         name = self._adapter
         return [
             children[name]._parameters['weight'] if is_of_modules else children[name]
-            for children, is_of_modules in self._holders
+            for children, is_of_modules in self._containers
         ]
 
     def sides(self, parameters: List[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
@@ -112,7 +112,7 @@ class Layout:
     def is_current(self, parameters: List[Tensor]) -> bool:
         """Returns whether these parameters, found now, are all, and what and where they were."""
         return (list(map(Tensor.data_ptr, parameters)) == self.addresses and self._facts_of(parameters) == self._facts
-                and not any(self._adapter in holder.children for holder in self._lacking))
+                and not any(self._adapter in container.children for container in self._lacking))
 
     def _facts_of(self, parameters: List[Tensor]) -> List[Any]:
         # One layer of each block: views of one piece of memory that all kept their addresses kept their shapes. The
@@ -184,14 +184,14 @@ def is_transposed(layer: LoraLayer) -> bool:
     return bool(getattr(layer, 'fan_in_fan_out', False)) or len(layer.lora_embedding_A) > 0
 
 
-def _holders(layer: LoraLayer, side: str) -> Tuple[_Side, _Side]:
+def _containers(layer: LoraLayer, side: str) -> Tuple[_Container, _Container]:
     modules, embeddings = (layer._modules[f'{name}_{side}'] for name in ('lora', 'lora_embedding'))
-    return _Side(modules._modules, True), _Side(embeddings._parameters, False)
+    return _Container(modules._modules, True), _Container(embeddings._parameters, False)
 
 
-def _holder(layer: LoraLayer, side: str, adapter: str) -> _Side:
-    """Returns the one of a layer's two holders that has `adapter`."""
-    modules, embeddings = _holders(layer, side)
+def _container(layer: LoraLayer, side: str, adapter: str) -> _Container:
+    """Returns the one of a layer's two containers that has `adapter`."""
+    modules, embeddings = _containers(layer, side)
     return modules if adapter in modules.children else embeddings
 
 
