@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 from workloads import SOURCES, Refill, base_model, elements, with_loras
 
 import swift_patch
-from swift_patch import compiling
+from swift_patch.weighted_adapter import compiling
 
 # By name: the shape, the rank and the dtype.
 SIZES: Dict[str, Tuple[str, int, torch.dtype]] = {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .patching import apply, is_applied, revert
 
 if TYPE_CHECKING:
-    from .compiling import compile_merging
-    from .composer import FusionComposer
+    from .weighted_adapter.compiling import compile_merging
+    from .weighted_adapter.composer import FusionComposer
 
 __version__ = '0.1.0'
 __all__ = ['FusionComposer', 'apply', 'compile_merging', 'is_applied', 'revert']
@@ -18,10 +18,10 @@ __all__ = ['FusionComposer', 'apply', 'compile_merging', 'is_applied', 'revert']
 
 def __getattr__(name: str) -> Any:
     if name == 'FusionComposer':
-        from .composer import FusionComposer
+        from .weighted_adapter.composer import FusionComposer
         return FusionComposer
     if name == 'compile_merging':
-        from .compiling import compile_merging
+        from .weighted_adapter.compiling import compile_merging
         return compile_merging
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

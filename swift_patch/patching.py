@@ -4,10 +4,12 @@ Nothing here imports ms-swift or PEFT: what is not imported yet is patched right
 post-import hooks.
 """
 import importlib
+import pkgutil
 import sys
 import threading
 import wrapt
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Set, Tuple
 
@@ -19,7 +21,7 @@ class Patch(NamedTuple):
         after: the module whose import is waited for; the classes are complete then.
         module: where the class is.
         target: the class and the attribute.
-        source: `module:function` of this package, which takes its place.
+        source: `module:function` of `weighted_adapter`, which takes its place.
     """
     after: str
     module: str
@@ -48,8 +50,8 @@ _is_wanted = False
 _hooked: Set[str] = set()
 # The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
 # made, so that the patch must wait until it is whole.
-_OWN_MODULES = tuple(f'{__package__}.{name}' for name in ('activation', 'adapters', 'compat', 'composer', 'growth',
-                                                          'lora_index', 'merging', 'packing', 'plan', 'weighted'))
+_OWN_MODULES = tuple(f'{__package__}.weighted_adapter.{found.name}'
+                     for found in pkgutil.iter_modules([str(Path(__file__).with_name('weighted_adapter'))]))
 # Guards all of the above. Reentrant: patching imports modules of this package, which may import a hooked module.
 _lock = threading.RLock()
 
@@ -110,7 +112,7 @@ def _patch_imported(imported: Optional[ModuleType] = None) -> None:
             class_name, attribute = patch.target.split('.')
             owner = getattr(importlib.import_module(patch.module), class_name)
             source, name = patch.source.split(':')
-            new = getattr(importlib.import_module(f'{__package__}.{source}'), name)
+            new = getattr(importlib.import_module(f'{__package__}.weighted_adapter.{source}'), name)
             # From the class's own dict: an attribute's value would be bound, and could not be put back as it was.
             original = vars(owner).get(attribute, _MISSING)
             setattr(owner, attribute, staticmethod(new) if isinstance(original, staticmethod) else new)

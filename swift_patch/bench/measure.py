@@ -17,12 +17,12 @@ from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, Lis
                     Sequence, Set, Tuple)
 
 import swift_patch
-from ..compiling import compile_merging
-from ..composer import FusionComposer, merge_options
 from ..inference.adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from ..inference.engine import load_engine, swift_arguments
-from ..merging import COMBINATION_TYPES
 from ..patching import reverted
+from ..weighted_adapter.compiling import compile_merging
+from ..weighted_adapter.composer import FusionComposer, merge_options
+from ..weighted_adapter.merging import COMBINATION_TYPES
 from .synthetic import write_synthetic
 
 Compose = Callable[[List[str], List[float]], Any]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from rich.console import Console
 
-from ..messages import shown
+from ..weighted_adapter.messages import shown
 from .progress import stage
 
 # All of them are made before the first is answered.

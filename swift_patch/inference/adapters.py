@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
-from ..messages import shown
+from ..weighted_adapter.messages import shown
 
 if TYPE_CHECKING:
     from peft import PeftModel

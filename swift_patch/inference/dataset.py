@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, List, Optional, Set, Tuple, Union
 
-from ..messages import shown
+from ..weighted_adapter.messages import shown
 
 # What ms-swift's own datasets accept.
 ROLES = ('system', 'user', 'assistant', 'tool_call', 'tool_response', 'tool')

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
 from ..files import check_writable, told_as
-from ..messages import shown
 from ..patching import is_applied
+from ..weighted_adapter.messages import shown
 from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
 from .engine import load_engine, swift_arguments
@@ -106,8 +106,8 @@ def run_infer(config: InferConfig) -> InferSummary:
     samples = read_dataset(config.val_dataset, config.adapters)
     checkpoints = find_checkpoints(config.adapters)
     _check_result_path(config)
-    from ..compiling import compile_merging
-    from ..composer import merge_options
+    from ..weighted_adapter.compiling import compile_merging
+    from ..weighted_adapter.composer import merge_options
     if config.compile_merging:
         compile_merging()
     merge_options(config.merge_method, **config.composer_args)
@@ -239,7 +239,7 @@ class _Generator:
 
     def __init__(self, config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint],
                  samples: Sequence[Sample]):
-        from ..composer import FusionComposer
+        from ..weighted_adapter.composer import FusionComposer
         self.config = config
         self.seed = args.seed
         self.engine, self.aliases = load_engine(args, checkpoints)

@@ -477,7 +477,7 @@ def test_the_command_tells_that_the_patch_is_switched_off(config: InferConfig) -
 
 
 def test_the_command_line_knows_all_combination_types() -> None:
-    from swift_patch import merging
+    from swift_patch.weighted_adapter import merging
     assert COMBINATION_TYPES == tuple(merging.COMBINATION_TYPES)
 
 

@@ -12,7 +12,7 @@ from swift.tuners.part import PartConfig
 from swift.tuners.utils import OffloadHelper, SwiftAdapter
 from torch import nn
 
-from swift_patch import activation
+from swift_patch.weighted_adapter import activation
 
 NAMES = ['l0', 'l1', 'l2', 'nobody']
 

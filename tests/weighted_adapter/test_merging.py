@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.merge_utils import task_arithmetic
 
-from swift_patch import merging
-from swift_patch.merging import COMBINATION_TYPES, MergeOptions, Source
+from swift_patch.weighted_adapter import merging
+from swift_patch.weighted_adapter.merging import COMBINATION_TYPES, MergeOptions, Source
 
 numbers = st.floats(-2, 2, allow_nan=False, width=32)
 

@@ -9,7 +9,7 @@ from models import (PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, activate, add, asser
 from peft import LoraConfig
 from swift.tuners import LoRAConfig, NEFTuneConfig, SwiftModel
 
-from swift_patch import merging
+from swift_patch.weighted_adapter import merging
 
 
 @pytest.mark.parametrize('combination_type', PEFT_TYPES)

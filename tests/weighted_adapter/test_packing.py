@@ -7,11 +7,11 @@ from models import BUILDERS, SOURCES, WEIGHTS, add, assert_close_deltas, fresh, 
 from peft import PeftModel
 from torch import nn
 
-from swift_patch import adapters as adapters_module
-from swift_patch.adapters import Adapters
-from swift_patch.lora_index import factors
-from swift_patch.packing import Layout
-from swift_patch.undo import Undo
+from swift_patch.weighted_adapter import adapters as adapters_module
+from swift_patch.weighted_adapter.adapters import Adapters
+from swift_patch.weighted_adapter.lora_index import factors
+from swift_patch.weighted_adapter.packing import Layout
+from swift_patch.weighted_adapter.undo import Undo
 
 SPARSE = ('ties', 'magnitude_prune', 'dare_linear')
 

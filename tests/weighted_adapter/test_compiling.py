@@ -5,8 +5,8 @@ import torch
 from models import SOURCES, WEIGHTS, add, assert_close_deltas, fresh, layers, update
 
 import swift_patch
-from swift_patch import compiling
-from swift_patch.lora_index import factors
+from swift_patch.weighted_adapter import compiling
+from swift_patch.weighted_adapter.lora_index import factors
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='there is no C++ compiler')

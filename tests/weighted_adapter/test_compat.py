@@ -1,7 +1,7 @@
 import torch
 from models import fresh, layers, loras, swift_model
 
-from swift_patch.compat import sign_on_both_factors
+from swift_patch.weighted_adapter.compat import sign_on_both_factors
 
 
 def test_the_sign_of_a_negative_weight_is_where_the_installed_peft_puts_it():

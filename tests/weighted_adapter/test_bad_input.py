@@ -20,7 +20,7 @@ from torch import nn
 
 import swift_patch
 from swift_patch import FusionComposer, patching
-from swift_patch.adapters import Adapters
+from swift_patch.weighted_adapter.adapters import Adapters
 
 
 class Boom(Exception):

@@ -6,7 +6,7 @@ from models import (PEFT_TYPES, PROJECTIONS, SOURCES, WEIGHTS, activate, add, as
 from peft import LoraConfig
 from swift.tuners import LoRAConfig, Swift
 
-from swift_patch.plan import check_sources
+from swift_patch.weighted_adapter.plan import check_sources
 
 
 def bad_updates():

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from swift_patch.lora_index import LoraIndex, factors
+from swift_patch.weighted_adapter.lora_index import LoraIndex, factors
 
 
 def walked(model):

@@ -23,8 +23,8 @@ from swift.tuners.utils import OffloadHelper, SwiftAdapter
 from torch import nn
 
 import swift_patch
-from swift_patch import activation
-from swift_patch.lora_index import adapter_containers, factors
+from swift_patch.weighted_adapter import activation
+from swift_patch.weighted_adapter.lora_index import adapter_containers, factors
 
 STEPS_PER_HISTORY = 14
 SPARSE = ['ties', 'dare_linear', 'dare_ties', 'magnitude_prune']

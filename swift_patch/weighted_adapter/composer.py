@@ -15,13 +15,10 @@ from .adapters import Adapters, FusedRecord
 from .lora_index import factors
 from .merging import COMBINATION_TYPES, MergeOptions
 from .messages import shown
-from .patching import is_applied
 from .plan import check_names, check_new_name, check_options, check_source, check_sources
 from .weighted import new_swift_adapter, remove_adapter, reserve_weighted_adapter
 
 MERGE_METHODS = {'fusion': 'average', 'mixture': 'cat', 'selection': 'linear'}
-
-_REVERTED = 'swift_patch is expected to be applied, but is not: call swift_patch.apply().'
 
 # One lock per model, not per composer: all composers of a model switch the same layers. It dies with the model.
 _locks: 'weakref.WeakKeyDictionary[nn.Module, _ModelLock]' = weakref.WeakKeyDictionary()
@@ -104,10 +101,10 @@ class FusionComposer:
         TypeError: `model` is none of these, or `adapter_name` is not a string.
         ValueError: An argument is not one of its values, or `adapter_name` is a name that no adapter can have, or is
             taken by one that may not be overwritten.
-        RuntimeError: swift_patch is not applied.
+        RuntimeError: PEFT has no `update_weighted_adapter`: the patch was reverted.
 
     Example:
-        >>> composer = swift_patch.FusionComposer(model)
+        >>> composer = FusionComposer(model)
         >>> with composer.fused({'sql': 0.7, 'math': 0.3}):
         ...     model.generate(...)
     """
@@ -126,8 +123,7 @@ class FusionComposer:
         # Any model that torch.compile wrapped; the layers are the same.
         self._model: Any = getattr(model, '_orig_mod', model) if isinstance(model, nn.Module) else model
         self._tuner: Any = self._model.base_model if isinstance(self._model, PeftModel) else self._model
-        if not is_applied():
-            raise RuntimeError(_REVERTED)
+        _check_applied()
         if not hasattr(type(self._tuner), 'update_weighted_adapter'):
             raise TypeError('model is expected to be a SwiftModel or a PeftModel with LoRAs, found '
                             f'{type(model).__name__}.')
@@ -173,7 +169,7 @@ class FusionComposer:
             TypeError: An argument is of the wrong type.
             ValueError: The sources cannot be merged, or an adapter is merged into the base weights. The model is as it
                 was.
-            RuntimeError: swift_patch was reverted, or a `fused` block of this thread holds something else.
+            RuntimeError: the patch was reverted, or a `fused` block of this thread holds something else.
         """
         sources, numbers = self._sources(adapters, weights)
         with self._model_lock.lock, ExitStack() as undo:
@@ -272,8 +268,7 @@ class FusionComposer:
         return sources, numbers
 
     def _check_usable(self, sources: List[str], weights: List[float], loaded: Adapters) -> None:
-        if not is_applied():
-            raise RuntimeError(_REVERTED)
+        _check_applied()
         if self._model_lock.held not in (None, (self.adapter_name, sources, weights)):
             name, held, _ = self._model_lock.held
             raise RuntimeError(f'Adapter {name!r} is held by a `fused` block of this thread with {shown(held)}: '
@@ -347,3 +342,9 @@ def _samples(sources: List[str], loaded: Adapters) -> List[Tensor]:
     found = (factors(layer, source) for _, layer in some for source in sources)
     # One that is offloaded to the meta device holds nothing, and is another object once it is loaded.
     return [parameter for pair in found for parameter in pair or () if not parameter.is_meta]
+
+
+def _check_applied() -> None:
+    if not hasattr(LoraModel, 'update_weighted_adapter'):
+        raise RuntimeError('LoraModel of PEFT is expected to have `update_weighted_adapter`, but the patch was '
+                           'reverted: call its `apply()`.')

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from swift_patch.undo import Undo
+from swift_patch.weighted_adapter.undo import Undo
 
 CPU = torch.device('cpu')
 

@@ -99,8 +99,8 @@ class Adapters:
             raise ValueError(f'There is no adapter {name!r} to refill, only {sorted(self.configs)}: make it by '
                              '`add_weighted_adapter` first.')
         if not self.is_fused(name):
-            raise ValueError(f'Adapter {name!r} was not made by `add_weighted_adapter` (in this process, with '
-                             'swift_patch applied) and may have been trained: refilling would destroy it. Choose '
+            raise ValueError(f'Adapter {name!r} was not made by `add_weighted_adapter` (in this process) '
+                             'and may have been trained: refilling would destroy it. Choose '
                              'another name and make it by `add_weighted_adapter` first.')
         return self._records()[name]
 
