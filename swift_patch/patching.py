@@ -11,7 +11,7 @@ import wrapt
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Set, Tuple
 
 
 class Patch(NamedTuple):
@@ -22,11 +22,14 @@ class Patch(NamedTuple):
         module: where the class is.
         target: the class and the attribute.
         source: `module:function` of `weighted_adapter`, which takes its place.
+        is_mend: whether `source` is given the original and returns what takes its place: the original itself, where
+            the installed releases of ms-swift and PEFT need no mending.
     """
     after: str
     module: str
     target: str
     source: str
+    is_mend: bool = False
 
 
 PATCHES = (
@@ -39,14 +42,29 @@ PATCHES = (
     Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.set_active_adapters', 'activation:set_active_adapters'),
     Patch('swift.tuners.base', 'swift.tuners.lora', 'LoRA.activate_adapter', 'activation:activate_adapter'),
     Patch('swift.tuners.base', 'swift.tuners.utils', 'SwiftAdapter.offload', 'activation:offload_module'),
+    Patch(
+        'swift.tuners.base',
+        'swift.tuners.lora_layers',
+        'LoraModel._create_new_module',
+        'compat:create_new_module',
+        is_mend=True),
+    Patch(
+        'swift.tuners.base',
+        'swift.tuners.lora_layers',
+        'LoraModel._create_and_replace',
+        'compat:create_and_replace',
+        is_mend=True),
+    Patch(
+        'swift.tuners.base', 'swift.tuners.base', 'SwiftModel.load_state_dict', 'compat:load_state_dict', is_mend=True),
 )
 
 _MISSING = object()
-# What stood where a patch is in force now, to be put back: filled when a patch is made, emptied by `revert`.
-_originals: Dict[Patch, Tuple[type, str, Any]] = {}
-# Whether the modules that are imported from now on are to be patched: set by `apply`, cleared by `revert`.
-_is_wanted = False
-# The modules that have a post-import hook. Never cleared, for wrapt cannot take a hook back; hooks ask `_is_wanted`.
+# What stood where a patch is in force now, to be put back; None for a mend that is not needed. Filled when a patch is
+# made, emptied by `revert`.
+_originals: Dict[Patch, Optional[Tuple[type, str, Any]]] = {}
+# The patches that are to be made as soon as their modules are imported: set by `apply`, cleared by `revert`.
+_wanted: Set[Patch] = set()
+# The modules that have a post-import hook. Never cleared, for wrapt cannot take a hook back; hooks ask `_wanted`.
 _hooked: Set[str] = set()
 # The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
 # made, so that the patch must wait until it is whole.
@@ -58,8 +76,7 @@ _lock = threading.RLock()
 
 def apply() -> None:
     """Puts `PATCHES` in force, each as soon as its module is imported. Doing it again changes nothing."""
-    global _is_wanted
-    _is_wanted = True
+    _wanted.update(PATCHES)
     _patch_imported()
     for module in (*dict.fromkeys(patch.after for patch in PATCHES), *_OWN_MODULES):
         if module not in _hooked:
@@ -70,21 +87,13 @@ def apply() -> None:
 
 def revert() -> None:
     """Puts back the very objects that `apply` replaced and removes what it added. Doing it again changes nothing."""
-    global _is_wanted
-    with _lock:
-        _is_wanted = False
-        while _originals:
-            _, (owner, attribute, original) = _originals.popitem()
-            if original is _MISSING:
-                delattr(owner, attribute)
-            else:
-                setattr(owner, attribute, original)
+    _take_back(PATCHES)
 
 
 @contextmanager
 def reverted() -> Iterator[None]:
-    """Within it, ms-swift and PEFT are as they were."""
-    revert()
+    """Within it, ms-swift and PEFT do what they do by themselves. Mends stay: without them there is nothing to do."""
+    _take_back(patch for patch in PATCHES if not patch.is_mend)
     try:
         yield
     finally:
@@ -93,19 +102,38 @@ def reverted() -> Iterator[None]:
 
 def is_applied() -> bool:
     """Returns whether the patches are in force, or will be as soon as their modules are imported."""
-    return _is_wanted
+    return _wanted.issuperset(PATCHES)
 
 
 def in_force() -> Tuple[Patch, ...]:
     """Returns the patches whose modules are imported and that stand in them now."""
-    return tuple(patch for patch in PATCHES if patch in _originals)
+    return tuple(patch for patch in PATCHES if _originals.get(patch) is not None)
+
+
+def needless() -> Tuple[Patch, ...]:
+    """Returns the mends that the imported ms-swift and PEFT do not need."""
+    return tuple(patch for patch in PATCHES if patch in _originals and _originals[patch] is None)
+
+
+def _take_back(patches: Iterable[Patch]) -> None:
+    with _lock:
+        for patch in patches:
+            _wanted.discard(patch)
+            replaced = _originals.pop(patch, None)
+            if replaced is None:
+                continue
+            owner, attribute, original = replaced
+            if original is _MISSING:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, original)
 
 
 def _patch_imported(imported: Optional[ModuleType] = None) -> None:
     """Makes the patches whose modules are imported. `imported` is the one that was imported just now, if any."""
     with _lock:
         for patch in PATCHES:
-            if not _is_wanted or patch in _originals or not _is_whole(patch.after, imported):
+            if patch not in _wanted or patch in _originals or not _is_whole(patch.after, imported):
                 continue
             if any(name in sys.modules and not _is_whole(name, imported) for name in _OWN_MODULES):
                 continue
@@ -115,6 +143,12 @@ def _patch_imported(imported: Optional[ModuleType] = None) -> None:
             new = getattr(importlib.import_module(f'{__package__}.weighted_adapter.{source}'), name)
             # From the class's own dict: an attribute's value would be bound, and could not be put back as it was.
             original = vars(owner).get(attribute, _MISSING)
+            if patch.is_mend:
+                stock = getattr(owner, attribute)
+                new = new(stock)
+                if new is stock:
+                    _originals[patch] = None
+                    continue
             setattr(owner, attribute, staticmethod(new) if isinstance(original, staticmethod) else new)
             _originals[patch] = owner, attribute, original
 

@@ -1,3 +1,5 @@
+import importlib
+import inspect
 import json
 import os
 import pytest
@@ -5,19 +7,17 @@ import subprocess
 import sys
 from peft.tuners.lora import LoraModel
 from swift.tuners import LoRA, SwiftModel
-from swift.tuners.utils import SwiftAdapter
 
 import swift_patch
 from swift_patch import patching
 from swift_patch.cli.doctor import PLUGIN
 
-OWNERS = {'LoraModel': LoraModel, 'SwiftModel': SwiftModel, 'LoRA': LoRA, 'SwiftAdapter': SwiftAdapter}
 REPORT = '''
 import json, sys
 print(json.dumps({
     'torch': 'torch' in sys.modules,
     'swift': 'swift' in sys.modules,
-    'in force': len(patching.in_force()),
+    'in force': len(patching.in_force()) + len(patching.needless()),
     'all': len(patching.PATCHES),
     'is applied': swift_patch.is_applied(),
 }))
@@ -44,11 +44,16 @@ def applied_at_the_end():
     swift_patch.apply()
 
 
+def owner_and_name(patch):
+    owner, attribute = patch.target.split('.')
+    return getattr(importlib.import_module(patch.module), owner), attribute
+
+
 def attributes():
     found = {}
     for patch in patching.PATCHES:
-        owner, attribute = patch.target.split('.')
-        found[patch.target] = vars(OWNERS[owner]).get(attribute)
+        owner, attribute = owner_and_name(patch)
+        found[patch] = vars(owner).get(attribute)
     return found
 
 
@@ -100,37 +105,45 @@ def test_revert_puts_back_the_very_objects_and_removes_what_was_added():
 
     swift_patch.revert()
     stock = attributes()
-    assert stock['SwiftModel.update_weighted_adapter'] is None and stock['LoraModel.update_weighted_adapter'] is None
-    assert stock['SwiftModel.set_active_adapters'].__module__ == 'swift.tuners.base'
-    assert isinstance(stock['LoRA.activate_adapter'], staticmethod)
+    assert 'update_weighted_adapter' not in {**vars(SwiftModel), **vars(LoraModel)}
+    assert SwiftModel.set_active_adapters.__module__ == 'swift.tuners.base'
+    assert isinstance(vars(LoRA)['activate_adapter'], staticmethod)
     swift_patch.apply()
     swift_patch.apply()
-    assert all(attributes()[name] is not stock[name] for name in stock)
+    applied = attributes()
+    assert {patch for patch in stock if applied[patch] is stock[patch]} == set(patching.needless())
     swift_patch.revert()
-    assert all(attributes()[name] is stock[name] for name in stock)
+    assert all(attributes()[patch] is stock[patch] for patch in stock)
+
+
+def test_where_stock_is_wanted_what_it_cannot_run_without_stays():
+    swift_patch.revert()
+    stock = attributes()
+    swift_patch.apply()
+    needed = set(patching.in_force())
+    with patching.reverted():
+        assert not swift_patch.is_applied()
+        changed = {patch for patch, value in attributes().items() if value is not stock[patch]}
+        assert changed == {patch for patch in needed if patch.is_mend}
+    assert swift_patch.is_applied() and set(patching.in_force()) == needed
 
 
 def test_every_replacement_takes_the_arguments_of_what_it_replaces():
-    import inspect
     swift_patch.revert()
-    stock = {
-        patch.target: getattr(OWNERS[patch.target.split('.')[0]],
-                              patch.target.split('.')[1], None)
-        for patch in patching.PATCHES
-    }
+    stock = {}
+    for patch in patching.PATCHES:
+        owner, attribute = owner_and_name(patch)
+        stock[patch] = getattr(owner, attribute, vars(owner).get('add_weighted_adapter'))
     swift_patch.apply()
-    for target, function in stock.items():
-        owner, attribute = target.split('.')
-        new = list(inspect.signature(getattr(OWNERS[owner], attribute)).parameters.values())
-        if function is None:
-            function = vars(SwiftModel)['add_weighted_adapter']
+    for patch, function in stock.items():
+        new = list(inspect.signature(getattr(*owner_and_name(patch))).parameters.values())
         old = list(inspect.signature(function).parameters.values())
         assert [parameter.name for parameter in new] == [parameter.name for parameter in old]
-        if attribute != 'update_weighted_adapter':
+        if not patch.target.endswith('update_weighted_adapter'):
             assert [parameter.default for parameter in new] == [parameter.default for parameter in old]
 
 
 @pytest.mark.parametrize('module', ['activation', 'adapters', 'compat', 'composer', 'lora_index', 'plan', 'weighted'])
 def test_it_is_in_force_whichever_of_its_modules_is_imported_first(module):
-    report = run(f'import swift_patch.{module}\nimport swift.tuners.base')
+    report = run(f'import swift_patch.weighted_adapter.{module}\nimport swift.tuners.base')
     assert report['in force'] == report['all']

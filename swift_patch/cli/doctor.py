@@ -39,18 +39,18 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(package, version)
     console.print(table)
 
-    in_force = patching.in_force()
+    in_force, needless = patching.in_force(), patching.needless()
     patches = Table('of', 'replaced', 'by', 'in force', title='Patch', title_justify='left')
     for patch in patching.PATCHES:
         patches.add_row(
             patch.module.split('.')[0], patch.target, f'{patch.source.split(":")[0]}.py',
-            'yes' if patch in in_force else 'no')
+            'yes' if patch in in_force else 'not needed' if patch in needless else 'no')
     console.print(patches)
     if not patching.is_applied():
         console.print('The patch is not applied: is SWIFT_PATCH_DISABLE set?')
     # Not wrapped at the width of the console, to be copied whole.
     console.print(f'swift infer --external_plugins {PLUGIN}', soft_wrap=True, highlight=False)
-    return 0 if set(in_force) == set(patching.PATCHES) else 1
+    return 0 if {*in_force, *needless} == set(patching.PATCHES) else 1
 
 
 def versions() -> Dict[str, str]:
