@@ -21,41 +21,38 @@ class Patch(NamedTuple):
         after: the module whose import is waited for; the classes are complete then.
         module: where the class is.
         target: the class and the attribute.
-        source: `module:function` of `weighted_adapter`, which takes its place.
-        is_mend: whether `source` is given the original and returns what takes its place: the original itself, where
-            the installed releases of ms-swift and PEFT need no mending.
+        source: `module:function` of this package, which takes its place. One of `mends` is given the original and
+            returns what takes its place, see there.
     """
     after: str
     module: str
     target: str
     source: str
-    is_mend: bool = False
+
+    @property
+    def is_mend(self) -> bool:
+        """Whether stock cannot run without it."""
+        return self.source.startswith('mends:')
 
 
 PATCHES = (
-    Patch('peft', 'peft.tuners.lora.model', 'LoraModel.add_weighted_adapter', 'weighted:add_weighted_adapter'),
-    Patch('peft', 'peft.tuners.lora.model', 'LoraModel.update_weighted_adapter', 'weighted:update_weighted_adapter'),
+    Patch('peft', 'peft.tuners.lora.model', 'LoraModel.add_weighted_adapter',
+          'weighted_adapter.weighted:add_weighted_adapter'),
+    Patch('peft', 'peft.tuners.lora.model', 'LoraModel.update_weighted_adapter',
+          'weighted_adapter.weighted:update_weighted_adapter'),
     Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.add_weighted_adapter',
-          'weighted:swift_add_weighted_adapter'),
+          'weighted_adapter.weighted:swift_add_weighted_adapter'),
     Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.update_weighted_adapter',
-          'weighted:update_weighted_adapter'),
-    Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.set_active_adapters', 'activation:set_active_adapters'),
-    Patch('swift.tuners.base', 'swift.tuners.lora', 'LoRA.activate_adapter', 'activation:activate_adapter'),
-    Patch('swift.tuners.base', 'swift.tuners.utils', 'SwiftAdapter.offload', 'activation:offload_module'),
-    Patch(
-        'swift.tuners.base',
-        'swift.tuners.lora_layers',
-        'LoraModel._create_new_module',
-        'compat:create_new_module',
-        is_mend=True),
-    Patch(
-        'swift.tuners.base',
-        'swift.tuners.lora_layers',
-        'LoraModel._create_and_replace',
-        'compat:create_and_replace',
-        is_mend=True),
-    Patch(
-        'swift.tuners.base', 'swift.tuners.base', 'SwiftModel.load_state_dict', 'compat:load_state_dict', is_mend=True),
+          'weighted_adapter.weighted:update_weighted_adapter'),
+    Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.set_active_adapters',
+          'weighted_adapter.activation:set_active_adapters'),
+    Patch('swift.tuners.base', 'swift.tuners.lora', 'LoRA.activate_adapter',
+          'weighted_adapter.activation:activate_adapter'),
+    Patch('swift.tuners.base', 'swift.tuners.utils', 'SwiftAdapter.offload',
+          'weighted_adapter.activation:offload_module'),
+    Patch('swift.tuners.base', 'swift.tuners.lora_layers', 'LoraModel._create_new_module', 'mends:create_new_module'),
+    Patch('swift.tuners.base', 'swift.tuners.lora_layers', 'LoraModel._create_and_replace', 'mends:create_and_replace'),
+    Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.load_state_dict', 'mends:load_state_dict'),
 )
 
 _MISSING = object()
@@ -68,8 +65,9 @@ _wanted: Set[Patch] = set()
 _hooked: Set[str] = set()
 # The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
 # made, so that the patch must wait until it is whole.
-_OWN_MODULES = tuple(f'{__package__}.weighted_adapter.{found.name}'
-                     for found in pkgutil.iter_modules([str(Path(__file__).with_name('weighted_adapter'))]))
+_OWN_MODULES = (f'{__package__}.mends',
+                *(f'{__package__}.weighted_adapter.{found.name}'
+                  for found in pkgutil.iter_modules([str(Path(__file__).with_name('weighted_adapter'))])))
 # Guards all of the above. Reentrant: patching imports modules of this package, which may import a hooked module.
 _lock = threading.RLock()
 
@@ -140,7 +138,7 @@ def _patch_imported(imported: Optional[ModuleType] = None) -> None:
             class_name, attribute = patch.target.split('.')
             owner = getattr(importlib.import_module(patch.module), class_name)
             source, name = patch.source.split(':')
-            new = getattr(importlib.import_module(f'{__package__}.weighted_adapter.{source}'), name)
+            new = getattr(importlib.import_module(f'{__package__}.{source}'), name)
             # From the class's own dict: an attribute's value would be bound, and could not be put back as it was.
             original = vars(owner).get(attribute, _MISSING)
             if patch.is_mend:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     patches = Table('of', 'replaced', 'by', 'in force', title='Patch', title_justify='left')
     for patch in patching.PATCHES:
         patches.add_row(
-            patch.module.split('.')[0], patch.target, f'{patch.source.split(":")[0]}.py',
+            patch.module.split('.')[0], patch.target, f'{patch.source.split(":")[0].split(".")[-1]}.py',
             'yes' if patch in in_force else 'not needed' if patch in needless else 'no')
     console.print(patches)
     if not patching.is_applied():

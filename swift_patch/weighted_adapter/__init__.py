@@ -1,1 +1,1 @@
-"""Fused adapters in place: what is patched into ms-swift and PEFT, and what `swift-patch upstream` adds to ms-swift."""
+"""Fused LoRA adapters: made, refilled in place and activated, at the cost of what changes."""

@@ -1,8 +1,8 @@
 """Which adapters are active, on which device they are: touch only what differs.
 
-Stock `SwiftModel.set_active_adapters` walks the whole model twice for every adapter that was ever added, and collects
-garbage once per layer when it offloads. These functions look at each LoRA layer once per call, ask it what is active
-in the calling thread (the layers are the truth, not `SwiftModel.active_adapters`), and change what is not as wanted.
+Two walks through the whole model for every adapter that was ever added would take longer with each. These functions
+look at each LoRA layer once per call, ask it what is active in the calling thread (the layers are the truth, not
+`SwiftModel.active_adapters`), and change what is not as wanted.
 """
 import threading
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ def collect_garbage_once() -> Iterator[None]:
 def offload_module(module: nn.Module, adapter_name: str, module_key: str, offload: Optional[str]) -> None:
     """Moves the parameters of `module` to the CPU or, through a file, to the meta device.
 
-    Stands in for `SwiftAdapter.offload`, which collects garbage even where nothing is left to move.
+    Garbage is collected only where something was moved.
 
     Args:
         module: The module to move, its device is remembered in its attribute `origin_device`.
@@ -106,7 +106,7 @@ def set_active_adapters(self: Any, adapter_names: Union[List[str], str], offload
 
 
 def activate_adapter(module: nn.Module, adapter_name: str, activate: bool, offload: Optional[str] = None) -> None:
-    """Activates or deactivates one LoRA adapter in the calling thread. Stands in for `LoRA.activate_adapter`.
+    """Activates or deactivates one LoRA adapter in the calling thread.
 
     Args:
         module: The model.

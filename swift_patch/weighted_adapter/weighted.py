@@ -38,18 +38,18 @@ def add_weighted_adapter(
 ) -> None:
     """Adds a new adapter by merging the given adapters with the given weights.
 
-    Like PEFT's `LoraModel.add_weighted_adapter`, with one more combination type, and with `svd` computed from the
-    low-rank factors. The adapter can be refilled by `update_weighted_adapter` later. Does nothing where an adapter of
-    that name exists.
+    Like PEFT's `LoraModel.add_weighted_adapter`, with one more combination type, and with `svd` computed from
+    the low-rank factors. The adapter can be refilled by `update_weighted_adapter` later. Does nothing where an
+    adapter of that name exists.
 
     Args:
         adapters: Names of the adapters to merge.
         weights: A weight for each of them, of any sign.
         adapter_name: Name of the new adapter.
         combination_type: One of `linear`, `cat`, `svd`, `ties`, `ties_svd`, `dare_linear`, `dare_ties`,
-            `dare_linear_svd`, `dare_ties_svd`, `magnitude_prune`, `magnitude_prune_svd`, or `average` (the fusion of
-            LoraRetriever, arXiv:2402.09997: A = Σ wⱼAⱼ, B = Σ wⱼBⱼ, the scaling kept). A single adapter is merged by
-            `linear` whatever is given, except by `average`.
+            `dare_linear_svd`, `dare_ties_svd`, `magnitude_prune`, `magnitude_prune_svd`, or `average` (the fusion
+            of LoraRetriever, arXiv:2402.09997: A = Σ wⱼAⱼ, B = Σ wⱼBⱼ, the scaling kept). A single adapter is
+            merged by `linear` whatever is given, except by `average`.
         svd_rank: Rank of the new adapter for the types that end in `svd`; by default the largest of the adapters'.
         svd_clamp: A quantile in [0, 1], to clamp the factors of an `svd` with.
         svd_full_matrices: Passed on to `torch.linalg.svd` where a clamp could see the difference.
@@ -198,12 +198,12 @@ def update_weighted_adapter(
         weights: A weight for each of them, of any sign.
         adapter_name: Name of the adapter to refill.
         combination_type: One of the types of `add_weighted_adapter`: `linear`, `cat`, `svd`, `ties`, `ties_svd`,
-            `dare_linear`, `dare_ties`, `dare_linear_svd`, `dare_ties_svd`, `magnitude_prune`, `magnitude_prune_svd`,
-            or `average`: A = Σ wⱼAⱼ, B = Σ wⱼBⱼ (the fusion of LoraRetriever, arXiv:2402.09997, §4.2.2, with
-            wⱼ = 1/k). The sources' scaling s is kept: the delta is s · B · A. Where scalings differ, Aⱼ and Bⱼ are
-            multiplied by √sⱼ first and s is 1, so that each source keeps its own delta wⱼ²sⱼBⱼAⱼ. By default the
-            type, with its options, that the adapter was made or last filled with; options that are given besides,
-            and are not their defaults, replace those.
+            `dare_linear`, `dare_ties`, `dare_linear_svd`, `dare_ties_svd`, `magnitude_prune`,
+            `magnitude_prune_svd`, or `average`: A = Σ wⱼAⱼ, B = Σ wⱼBⱼ (the fusion of LoraRetriever,
+            arXiv:2402.09997, §4.2.2, with wⱼ = 1/k). The sources' scaling s is kept: the delta is s · B · A. Where
+            scalings differ, Aⱼ and Bⱼ are multiplied by √sⱼ first and s is 1, so that each source keeps its own
+            delta wⱼ²sⱼBⱼAⱼ. By default the type, with its options, that the adapter was made or last filled with;
+            options that are given besides, and are not their defaults, replace those.
         svd_rank: Rank of the result for the types that end in `svd`; by default the largest of the sources' ranks.
         svd_clamp: A quantile in [0, 1], to clamp the factors of an `svd` with.
         svd_full_matrices: Passed on to `torch.linalg.svd` where a clamp could see the difference.

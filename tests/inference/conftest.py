@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from typing import Dict
 
+from swift_patch.cli.doctor import PLUGIN
 from swift_patch.demo.tiny_model import MODEL_TYPE, TEMPLATE, build_tiny_qwen2
 
 
@@ -44,6 +45,8 @@ def trained(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[st
             'report_to': 'none',
         }
         command = [sys.executable, '-m', 'swift.cli.sft', '--tuner_type', 'lora', '--target_modules', 'all-linear']
+        # Without the patch, ms-swift cannot make a SwiftModel with some releases of PEFT.
+        command += ['--external_plugins', str(PLUGIN)]
         for key, value in args.items():
             command += [f'--{key}', str(value)]
         with open(root / f'{name}.log', 'w') as log:
