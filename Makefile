@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := swift_patch tests benchmarks
 
-.PHONY: demo test fuzz bench bench-gate figures lint format clean
+.PHONY: demo test fuzz bench bench-gate figures lint format dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/swift-patch demo --output_dir demo_out
@@ -34,17 +34,24 @@ lint: $(VENV)/.installed
 	$(BIN)/flake8 $(SOURCES)
 	$(BIN)/isort --check-only --diff $(SOURCES)
 	$(BIN)/yapf --diff --recursive $(SOURCES)
+	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/isort $(SOURCES)
 	$(BIN)/yapf --in-place --recursive $(SOURCES)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The sdist, and the wheel made from it.
+dist: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m build
+
+# The version is read when it is installed: from the package.
+$(VENV)/.installed: pyproject.toml constraints.txt swift_patch/__init__.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lint,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dist,lint,test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo_out *.egg-info
+	rm -rf $(VENV) .mypy_cache build dist demo_out *.egg-info

@@ -89,7 +89,7 @@ DEFECTS = [
         undo.commit()
         check_target(loaded, plan, adapters, adapter_name)
 """, ('weighted_adapter/test_plan.py', 'bad_input and (itself or dora)')),
-    Defect('a trained adapter of a fused one\'s name is taken for it', 'adapters.py',
+    Defect('a trained adapter of a fused one\'s name is taken for it', 'weighted_adapter/adapters.py',
            'record is not None and record.config is self.configs.get(name)', 'record is not None',
            ('weighted_adapter/test_plan.py', 'took_the_name')),
     Defect('the index of layers never goes stale', 'weighted_adapter/lora_index.py',

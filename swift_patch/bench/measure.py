@@ -124,7 +124,7 @@ def random_samples(adapters: Sequence[str], count: int, per_sample: int, seed: i
 
 
 @contextmanager
-def stock_composing(model: nn.Module, **options: Any) -> Iterator[Compose]:
+def stock_composing(model: Any, **options: Any) -> Iterator[Compose]:
     """Takes the patch off, and yields what composes as users of stock do: a new fused adapter for every sample.
 
     Args:
@@ -232,7 +232,7 @@ def _run(config: BenchConfig, swift_args: Mapping[str, Any], adapters: Mapping[s
 
     with loaded('Patch') as (model, aliased):
         machine, about = describe_machine(model), describe_model(model, len(checkpoints))
-        compose = FusionComposer(model, **merge_args).compose
+        compose: Compose = FusionComposer(model, **merge_args).compose
         with stage('Patch: one adapter, refilled', len(samples)) as advance:
             patch = _measure(model, aliased, compose, advance)
         del model, compose

@@ -62,8 +62,8 @@ def draw_latency(stock: Sequence[float], patch: Sequence[float], path: Path, tit
                                          '#2471a3', median)):
         numbers = list(range(1, len(seconds) + 1))
         axes.plot(numbers, seconds, marker='o', markersize=3, linewidth=1.2, color=color, label=label)
-        place = {'xytext': (6, 0), 'textcoords': 'offset points', 'va': 'center'}
-        axes.annotate(f'{told:.2g} s', (numbers[-1], told), color=color, **place)
+        axes.annotate(
+            f'{told:.2g} s', (numbers[-1], told), xytext=(6, 0), textcoords='offset points', color=color, va='center')
     axes.set_yscale('log')
     low, high = min(*stock, *patch), max(*stock, *patch)
     # Where there are few powers of ten, numbers between them tell more.

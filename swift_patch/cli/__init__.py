@@ -32,4 +32,5 @@ def main(argv: Optional[List[str]] = None) -> int:
     if unknown:
         # Not by `parse_args`, which would show the usage of `swift-patch` itself.
         subparsers.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
-    return args.run(args)
+    code: int = args.run(args)
+    return code

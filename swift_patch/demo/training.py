@@ -163,7 +163,8 @@ def train_adapter(model_dir: Union[str, Path],
                 report_to=['none'],
                 check_model=False,
                 disable_tqdm=quiet))
-    return result['last_model_checkpoint']
+    checkpoint: str = result['last_model_checkpoint']
+    return checkpoint
 
 
 def _encode(tokenizer: Any, sample: Dict[str, Any]) -> Tuple[List[int], List[int]]:

@@ -94,7 +94,8 @@ class AdapterCheckpoint:
         """Read the tensors to the CPU, keyed as in the file. Raises ValueError where the file is damaged."""
         from peft.utils import load_peft_weights
         try:
-            return load_peft_weights(str(self.folder), device='cpu')
+            tensors: Dict[str, Tensor] = load_peft_weights(str(self.folder), device='cpu')
+            return tensors
         except Exception as e:  # safetensors and pickle have errors of their own
             raise ValueError(f'{self}: cannot read {self.weights_file}: {e}') from e
 
@@ -201,12 +202,12 @@ def load_adapters(model: 'nn.Module',
     digits = len(str(len(checkpoints)))
     aliases = {checkpoint.name: f'adapter_{i:0{digits}}' for i, checkpoint in enumerate(checkpoints)}
     load_all = _load_as_swift if all(checkpoint.is_swift for checkpoint in checkpoints) else _load_as_peft
-    model = load_all(model, [(checkpoint, aliases[checkpoint.name]) for checkpoint in checkpoints])
+    wrapped = load_all(model, [(checkpoint, aliases[checkpoint.name]) for checkpoint in checkpoints])
     # Not told by `peft_config`: a SwiftModel forwards to its base model, which PEFT gives one as well.
-    base_model = model.base_model if isinstance(model, SwiftModel) else model.get_base_model()
+    base_model = wrapped.base_model if isinstance(wrapped, SwiftModel) else wrapped.get_base_model()
     for checkpoint in checkpoints:
         _check_arrived(base_model, checkpoint, aliases[checkpoint.name])
-    return model, aliases
+    return wrapped, aliases
 
 
 def lora_parameter_name(key: str, alias: str) -> str:
@@ -362,10 +363,11 @@ def _load_as_swift(model: 'nn.Module', checkpoints: Sequence[Tuple[AdapterCheckp
                 # JSON has no sets, and PEFT's `add_weighted_adapter` takes nothing else.
                 if isinstance(getattr(config, option), list):
                     setattr(config, option, set(getattr(config, option)))
-            model = SwiftModel(model, {alias: config}, inference_mode=True)
+            wrapped = SwiftModel(model, {alias: config}, inference_mode=True)
             tensors = {lora_parameter_name(key, alias): tensor for key, tensor in checkpoint.load_tensors().items()}
             # Not `SwiftModel.load_state_dict`, which replaces text in the keys.
-            model.base_model.load_state_dict(tensors, strict=False)
+            wrapped.base_model.load_state_dict(tensors, strict=False)
+            model = wrapped
     return model
 
 
@@ -420,8 +422,8 @@ def _check_arrived(base_model: 'nn.Module', checkpoint: AdapterCheckpoint, alias
             expected[name] = parameter
     homeless = []
     for key, tensor in checkpoint.load_tensors().items():
-        parameter = expected.pop(lora_parameter_name(key, alias), None)
-        if parameter is None or not torch.equal(parameter, tensor.to(parameter)):
+        arrived = expected.pop(lora_parameter_name(key, alias), None)
+        if arrived is None or not torch.equal(arrived, tensor.to(arrived)):
             homeless.append(key)
     if homeless:
         raise ValueError(f'{checkpoint}: {len(homeless)} tensors of the file have no place in this base model: '

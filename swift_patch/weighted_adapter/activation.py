@@ -57,7 +57,8 @@ def offload_module(module: nn.Module, adapter_name: str, module_key: str, offloa
     device = next(iter(module.parameters())).device
     if getattr(module, 'origin_device', str(device)) != str(device):
         return
-    module.origin_device = str(device)
+    # Torch declares the attributes of modules to be tensors or modules.
+    setattr(module, 'origin_device', str(device))
     if device.type == offload:
         return
     if offload == 'meta':

@@ -115,7 +115,8 @@ class Adapters:
     def rank(self, name: str) -> int:
         """Returns the largest rank that the LoRA `name` has by its config as a source."""
         config = self.config(name)
-        return max(config.r, *(config.rank_pattern or {}).values(), 0)
+        rank: int = max(config.r, *(config.rank_pattern or {}).values(), 0)
+        return rank
 
     def source(self, name: str, layer_name: str, layer: LoraLayer) -> Optional[Tuple[Factors, float]]:
         """Returns the factors and the scaling of `name` as a source, or None where it does not have the layer.
@@ -131,4 +132,5 @@ class Adapters:
         return rescaled(unpadded(layer, found, rank), layer.scaling[name] / scaling), scaling
 
     def _records(self) -> Dict[str, FusedRecord]:
-        return self.model.__dict__.setdefault(_ATTRIBUTE, {})
+        records: Dict[str, FusedRecord] = self.model.__dict__.setdefault(_ATTRIBUTE, {})
+        return records

@@ -150,7 +150,7 @@ def svd(sources: Sequence[Source],
     its threshold is a quantile of U and V, which depends on the signs that LAPACK happened to give their columns.
     """
     if options.svd_clamp is not None:
-        return _dense_svd(task_arithmetic)(sources, options, rank, is_transposed)
+        return _dense_svd(task_arithmetic)(sources, options, rank, is_transposed, out)
     dtype = torch.promote_types(sources[0].A.dtype, torch.float32)
     stacked_A = torch.cat([source.A.to(dtype) for source in sources], dim=-2)
     weights = [_as_float32(source.weight * source.scaling) * source.scaling for source in sources]
@@ -195,7 +195,8 @@ def _trimmed(combine: MergeFunction) -> MergeFunction:
 
 def pruned_at_random(tensor: Tensor, options: MergeOptions) -> Tensor:
     """Returns a tensor with `density` of its values, as PEFT draws them (DARE, Yu et al. 2023, arXiv:2311.03099)."""
-    return prune(tensor, _density(options), 'random', rescale=True)
+    pruned: Tensor = prune(tensor, _density(options), 'random', rescale=True)
+    return pruned
 
 
 def _density(options: MergeOptions) -> float:
@@ -206,7 +207,8 @@ def _density(options: MergeOptions) -> float:
 def _largest(tensor: Tensor, density: float) -> Tensor:
     """Returns a tensor with the values of largest magnitude in each layer, as PEFT's `prune` keeps them one by one."""
     if density >= 1:
-        return prune(tensor, density, 'magnitude')
+        pruned: Tensor = prune(tensor, density, 'magnitude')
+        return pruned
     rows = tensor.flatten(1)
     largest = rows.abs().topk(int(density * rows.shape[1])).indices
     return torch.zeros_like(rows).scatter_(1, largest, rows.gather(1, largest)).view(tensor.shape)
@@ -249,7 +251,7 @@ def _unless_full(dense: MergeFunction) -> MergeFunction:
               is_transposed: bool,
               out: Optional[Factors] = None) -> Factors:
         if options.density is None or options.density < 1:
-            return dense(sources, options, rank, is_transposed)
+            return dense(sources, options, rank, is_transposed, out)
         flat = [source._replace(A=source.A.flatten(1), B=source.B.flatten(1)) for source in sources]
         A, B = svd(flat, options, rank, is_transposed)
         return Factors(A.reshape(-1, *sources[0].A.shape[1:]), B.reshape(*B.shape, *sources[0].B.shape[2:]))

@@ -56,8 +56,9 @@ class Layout:
             if pair is None:
                 lacking.append(layer)
             else:
-                kind = tuple((factor.shape, factor.dtype, factor.device) for factor in pair)
-                kinds[(*kind, groups(layer), is_transposed(layer))].append((name, layer))
+                of_pair = ((factor.shape, factor.dtype, factor.device) for factor in pair)
+                kind = (*of_pair, groups(layer), is_transposed(layer))
+                kinds[kind].append((name, layer))
         found = [item for same in kinds.values() for item in same]
         self.names = tuple(name for name, _ in found)
         self.layers = tuple(layer for _, layer in found)
@@ -82,7 +83,7 @@ class Layout:
         self.is_meta = any(parameter.is_meta for parameter in parameters)
         self.is_inference = any(parameter.is_inference() for parameter in parameters)
         self.nbytes = sum(parameter.nbytes for parameter in parameters)
-        self.offsets = Factors(*([0, *accumulate(map(Tensor.numel, side))] for side in (A, B)))
+        self.offsets = [[0, *accumulate(map(Tensor.numel, side))] for side in (A, B)]
         self.addresses, self._facts = list(map(Tensor.data_ptr, parameters)), self._facts_of(parameters)
 
     def find(self) -> List[Tensor]:

@@ -115,7 +115,7 @@ def plan_merge(adapters: Adapters, sources: Sequence[str], weights: Sequence[flo
         # Sources that were offloaded to the CPU are merged where the first one is.
         device = parts[0].factors.A.device
         tensors = [
-            Source(*(factor.to(device) for factor in part.factors), weights[part.number], part.scaling)
+            Source(part.factors.A.to(device), part.factors.B.to(device), weights[part.number], part.scaling)
             for part in parts
         ]
         if name == 'average':
@@ -283,7 +283,11 @@ def check_options(options: MergeOptions) -> MergeOptions:
     # PEFT allows more than 1, which prunes nothing.
     expect('density', 'the fraction of values to keep, from 0 to 1', is_in('density', 0, 2**31))
     expect('majority_sign_method', "'total' or 'frequency'", is_one_of('majority_sign_method', ('total', 'frequency')))
-    return replace(options, svd_rank=None if rank is None else int(rank), **numbers)
+    return replace(
+        options,
+        svd_rank=None if rank is None else int(rank),
+        svd_clamp=numbers['svd_clamp'],
+        density=numbers['density'])
 
 
 def _listed(argument: str, expected: str, value: Any) -> List[Any]:

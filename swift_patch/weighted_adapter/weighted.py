@@ -314,7 +314,7 @@ def _merge(plan: Plan, batch: Batch, out: Optional[Factors] = None) -> Factors:
     """Returns the fused factors of a batch in the plan's form, for its scaling. Changes nothing but, perhaps, `out`."""
     try:
         return plan.combination.merge(batch.sources, plan.options, plan.rank, batch.is_transposed, out)
-    except torch.linalg.LinAlgError as e:
+    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch exports it in no way that mypy sees
         weights = [source.weight for source in batch.sources]
         raise ValueError(f'combination_type {plan.options.combination_type!r} cannot decompose layer '
                          f'{batch.names[0]!r} with weights {shown(weights)}: they are expected to be small enough for '
@@ -429,10 +429,10 @@ def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[Set[str]]:
     Yields:
         Their names.
     """
-    names = {name for name in names if adapters.blocks(name).layout.is_meta}
+    passing = {name for name in names if adapters.blocks(name).layout.is_meta}
     offloaded = []
-    for layer_name, layer in adapters.layers() if names else ():
-        for name in names:
+    for layer_name, layer in adapters.layers() if passing else ():
+        for name in passing:
             found = factors(layer, name)
             if found is not None and found.A.is_meta:
                 if name not in layer.lora_A or not hasattr(layer.lora_A[name], 'origin_device'):
@@ -440,7 +440,7 @@ def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[Set[str]]:
                                      'values: load it first.')
                 offloaded.append((layer, name))
     if not offloaded:
-        yield names
+        yield passing
         return
     # Only ms-swift offloads; PEFT alone shall not need it.
     from .activation import collect_garbage_once, move_adapters
@@ -450,4 +450,4 @@ def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[Set[str]]:
             stack.callback(move_adapters, holders, {name}, 'meta')
             move_adapters(holders, {name}, None)
             adapters.changed(name)
-        yield names
+        yield passing
