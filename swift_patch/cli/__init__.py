@@ -4,7 +4,7 @@ from rich_argparse import RichHelpFormatter
 from typing import List, Optional
 
 import swift_patch
-from . import bench, demo, doctor, infer
+from . import bench, demo, doctor, infer, upstream
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         allow_abbrev=False)
     parser.add_argument('--version', action='version', version=f'swift-patch {swift_patch.__version__}')
     subparsers = parser.add_subparsers(required=True, dest='command', metavar='COMMAND')
-    for command in (infer, bench, demo, doctor):
+    for command in (infer, bench, demo, doctor, upstream):
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         subparser.formatter_class = RichHelpFormatter

@@ -140,9 +140,9 @@ def swift_add_weighted_adapter(
         undo.pop_all()
 
 
-swift_add_weighted_adapter.__doc__ = (add_weighted_adapter.__doc__
-                                      or '').replace("Like PEFT's `LoraModel.add_weighted_adapter`, with",
-                                                     'It becomes the only active adapter. Like stock, with')
+swift_add_weighted_adapter.__doc__ = (add_weighted_adapter.__doc__ or '').replace(
+    'Does nothing where an\n    adapter of that name exists.',
+    'It becomes the only\n    active adapter, and so does one of that name that exists already.')
 
 
 def new_swift_adapter(model: Any, adapters: List[str], weights: List[float], adapter_name: str, **options: Any) -> None:
