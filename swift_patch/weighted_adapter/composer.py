@@ -269,9 +269,9 @@ class FusionComposer:
 
     def _check_usable(self, sources: List[str], weights: List[float], loaded: Adapters) -> None:
         _check_applied()
-        if self._model_lock.held not in (None, (self.adapter_name, sources, weights)):
-            name, held, _ = self._model_lock.held
-            raise RuntimeError(f'Adapter {name!r} is held by a `fused` block of this thread with {shown(held)}: '
+        held = self._model_lock.held
+        if held is not None and held != (self.adapter_name, sources, weights):
+            raise RuntimeError(f'Adapter {held[0]!r} is held by a `fused` block of this thread with {shown(held[1])}: '
                                f'compose {shown(sources)} after that block.')
         for name, layer in loaded.layers():
             if layer.merged:
