@@ -25,8 +25,8 @@ def documented(repo: Path, entries: Path) -> Dict[str, str]:
     for folder, name in _ENTRIES.items() if (repo / 'docs').is_dir() else ():
         # By what it says: the Chinese page had a Chinese name in ms-swift 3.
         found = [
-            page for page in sorted((repo / folder).rglob('*.md'))
-            if any(line.startswith(_PREDECESSOR) for line in page.read_text(encoding='utf-8').splitlines())
+            page for page in sorted((repo / folder).rglob('*.md')) if any(
+                line.startswith(_PREDECESSOR) for line in page.read_text(encoding='utf-8').splitlines())
         ]
         if len(found) != 1:
             raise UnexpectedCode(f'{folder} is expected to have one page with an entry {_PREDECESSOR + "...)`"!r}, '

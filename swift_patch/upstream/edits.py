@@ -7,6 +7,7 @@ import importlib
 import inspect
 import libcst as cst
 import libcst.matchers as m
+import textwrap
 from libcst import FunctionDef, Module
 from typing import Any, Callable, Dict, List, Sequence, Union
 from yapf.yapflib.yapf_api import FormatCode
@@ -105,8 +106,9 @@ def _inserted(target: str, text: str) -> Callable[[str, Module], Module]:
 
     Those of one `if` go into the `if` of the same condition that a method begins with.
     """
-    # Parsed after another one, so that what is before the first belongs to it.
-    new = list(cst.parse_module(f'pass\n{text}').body)[1:]
+    # Parsed in a function, so that comments before the first statement belong to it.
+    [function] = cst.parse_module(textwrap.indent(text, '    ').join(['def _():\n    pass\n', ''])).body
+    new = list(function.body.body)[1:]
 
     def edit(path: str, module: Module) -> Module:
         holder: Any = module
@@ -179,7 +181,8 @@ def _statements(holder: Any) -> Sequence[cst.CSTNode]:
 
 def _leaves(statements: Sequence[Any]) -> List[Any]:
     """Returns simple statements, those of an `if` instead of it."""
-    return [leaf for item in statements for leaf in (item.body.body if isinstance(item, cst.If) else [item])]
+    leaves = [leaf for item in statements for leaf in (item.body.body if isinstance(item, cst.If) else [item])]
+    return [leaf.with_changes(leading_lines=[]) for leaf in leaves]
 
 
 def _code(node: cst.CSTNode) -> str:

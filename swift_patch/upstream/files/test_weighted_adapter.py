@@ -124,8 +124,10 @@ class TestWeightedAdapter(unittest.TestCase):
         model = prepare_model()
         model.add_weighted_adapter(SOURCES, WEIGHTS, 'fused', 'linear')
         before = [param.clone() for param in factors(model, 'fused')]
-        for adapters, weights in ((['lora0', 'not_there'], [0.5, 0.5]), (['lora0'], [0.5, 0.5]), ([], []),
-                                  (['lora0'], [float('nan')])):
+        for adapters, weights in ((['lora0',
+                                    'not_there'], [0.5,
+                                                   0.5]), (['lora0'], [0.5,
+                                                                       0.5]), ([], []), (['lora0'], [float('nan')])):
             with self.assertRaises((TypeError, ValueError)):
                 model.update_weighted_adapter(adapters, weights, 'fused')
         for param, value in zip(factors(model, 'fused'), before):
