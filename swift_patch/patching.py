@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Set, Tuple
 
+from . import stepping_aside
+
 
 class Patch(NamedTuple):
     """One attribute that is replaced.
@@ -56,7 +58,7 @@ PATCHES = (
 )
 
 _MISSING = object()
-# What stood where a patch is in force now, to be put back; None for a mend that is not needed. Filled when a patch is
+# What stood where a patch is in force now, to be put back; None for one that is not needed. Filled when a patch is
 # made, emptied by `revert`.
 _originals: Dict[Patch, Optional[Tuple[type, str, Any]]] = {}
 # The patches that are to be made as soon as their modules are imported: set by `apply`, cleared by `revert`.
@@ -66,7 +68,7 @@ _hooked: Set[str] = set()
 # The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
 # made, so that the patch must wait until it is whole.
 _OWN_MODULES = (f'{__package__}.mends',
-                *(f'{__package__}.weighted_adapter.{found.name}'
+                *(f'{stepping_aside.THEIRS if stepping_aside.IS_NEEDED else stepping_aside.OURS}.{found.name}'
                   for found in pkgutil.iter_modules([str(Path(__file__).with_name('weighted_adapter'))])))
 # Guards all of the above. Reentrant: patching imports modules of this package, which may import a hooked module.
 _lock = threading.RLock()
@@ -90,7 +92,15 @@ def revert() -> None:
 
 @contextmanager
 def reverted() -> Iterator[None]:
-    """Within it, ms-swift and PEFT do what they do by themselves. Mends stay: without them there is nothing to do."""
+    """Within it, ms-swift and PEFT do what they do by themselves. Mends stay: without them there is nothing to do.
+
+    Raises:
+        ValueError: the installed ms-swift has these functions itself.
+    """
+    if stepping_aside.IS_NEEDED:
+        raise ValueError(
+            'The installed ms-swift has update_weighted_adapter itself, so that there is no stock to compare '
+            'with: install a release that has not.')
     _take_back(patch for patch in PATCHES if not patch.is_mend)
     try:
         yield
@@ -109,7 +119,7 @@ def in_force() -> Tuple[Patch, ...]:
 
 
 def needless() -> Tuple[Patch, ...]:
-    """Returns the mends that the imported ms-swift and PEFT do not need."""
+    """Returns the patches that the imported ms-swift and PEFT do not need, or have themselves."""
     return tuple(patch for patch in PATCHES if patch in _originals and _originals[patch] is None)
 
 
@@ -134,6 +144,9 @@ def _patch_imported(imported: Optional[ModuleType] = None) -> None:
             if patch not in _wanted or patch in _originals or not _is_whole(patch.after, imported):
                 continue
             if any(name in sys.modules and not _is_whole(name, imported) for name in _OWN_MODULES):
+                continue
+            if stepping_aside.IS_NEEDED and patch.module.startswith('swift.'):
+                _originals[patch] = None
                 continue
             class_name, attribute = patch.target.split('.')
             owner = getattr(importlib.import_module(patch.module), class_name)

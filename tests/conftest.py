@@ -5,7 +5,20 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
+import pointed  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--ms-swift',
+        metavar='PATH',
+        help='run tests/weighted_adapter on an ms-swift that `swift-patch upstream` edited, without swift_patch')
+
+
+def pytest_configure(config):
+    if config.getoption('--ms-swift'):
+        pointed.point_at(config.getoption('--ms-swift'))
 
 
 @pytest.fixture(params=['swift', 'peft'])

@@ -84,6 +84,12 @@ def test_it_is_not_in_force_after_revert(code):
     assert report['in force'] == 0 and not report['is applied']
 
 
+def test_the_public_names_are_those_of_the_package():
+    from swift_patch.weighted_adapter import compiling, composer
+    assert swift_patch.FusionComposer is composer.FusionComposer
+    assert swift_patch.compile_merging is compiling.compile_merging
+
+
 def test_peft_alone_is_patched_without_ms_swift():
     report = run('import swift_patch\nimport peft')
     assert report['in force'] == 2 and not report['swift']
@@ -141,6 +147,13 @@ def test_every_replacement_takes_the_arguments_of_what_it_replaces():
         assert [parameter.name for parameter in new] == [parameter.name for parameter in old]
         if not patch.target.endswith('update_weighted_adapter'):
             assert [parameter.default for parameter in new] == [parameter.default for parameter in old]
+
+
+@pytest.mark.parametrize('call', [swift_patch.apply, swift_patch.revert, swift_patch.is_applied])
+def test_what_takes_no_arguments_takes_none(call):
+    with pytest.raises(TypeError):
+        call(False)
+    assert swift_patch.is_applied() and {*patching.in_force(), *patching.needless()} == set(patching.PATCHES)
 
 
 @pytest.mark.parametrize('module', ['activation', 'adapters', 'compat', 'composer', 'lora_index', 'plan', 'weighted'])

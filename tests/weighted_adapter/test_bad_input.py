@@ -18,9 +18,8 @@ from peft import PromptTuningConfig, get_peft_model
 from swift.tuners import SwiftModel
 from torch import nn
 
-import swift_patch
-from swift_patch import FusionComposer, patching
 from swift_patch.weighted_adapter.adapters import Adapters
+from swift_patch.weighted_adapter.composer import FusionComposer
 
 
 class Boom(Exception):
@@ -440,13 +439,6 @@ def test_a_refused_fused_block_is_held_by_nobody(shared):
 def test_an_unknown_source_of_a_selection_is_refused_though_another_is_taken(shared, name):
     composer = FusionComposer(shared.model, 'selection')
     shared.refuses(lambda: composer.compose({'l0': 0.9, name: 0.1}), {'adapters': name})
-
-
-@pytest.mark.parametrize('call', [swift_patch.apply, swift_patch.revert, swift_patch.is_applied])
-def test_what_takes_no_arguments_takes_none(call):
-    with pytest.raises(TypeError):
-        call(False)
-    assert swift_patch.is_applied() and set(patching.in_force()) == set(patching.PATCHES)
 
 
 @pytest.mark.parametrize('combination_type', ['svd', 'dare_linear_svd'])

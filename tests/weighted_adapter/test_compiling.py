@@ -4,7 +4,6 @@ import shutil
 import torch
 from models import SOURCES, WEIGHTS, add, assert_close_deltas, fresh, layers, update
 
-import swift_patch
 from swift_patch.weighted_adapter import compiling
 from swift_patch.weighted_adapter.lora_index import factors
 
@@ -19,14 +18,14 @@ def values(model):
 @pytest.fixture(autouse=True)
 def not_compiled_afterwards():
     yield
-    swift_patch.compile_merging(False)
+    compiling.compile_merging(False)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Counts what the kernel sums, and sums it as it would before it is compiled."""
     found = []
-    swift_patch.compile_merging()
+    compiling.compile_merging()
 
     def kernel(*args):
         found.append(args)
@@ -42,7 +41,7 @@ def test_compiled_the_result_is_what_stock_would_have_made(build, dtype):
     model = build().to(dtype)
     oracle = fresh(model, ['l1', 'l3'], [0.3, -0.6], 'linear')
     add(model, SOURCES, WEIGHTS, 'linear')
-    swift_patch.compile_merging()
+    compiling.compile_merging()
     update(model, ['l1', 'l3'], [0.3, -0.6])
     assert compiling._kernel is not None
     assert_close_deltas(model, 'fused', oracle, 1e-2 if dtype == torch.bfloat16 else 1e-5)
@@ -59,7 +58,7 @@ def test_compiled_half_precision_is_rounded_once(build):
             for new, old in zip(factors(layer, source), factors(layers(model)[name], source)):
                 new.data.copy_(old)
     update(exact)
-    swift_patch.compile_merging()
+    compiling.compile_merging()
     update(model)
     pairs = list(zip(values(model), values(exact)))
     equal = sum((found == expected.bfloat16()).sum() for found, expected in pairs)
@@ -71,7 +70,7 @@ def test_what_pytorch_compiles_no_more_is_merged_as_before(model, monkeypatch):
     oracle = fresh(model, ['l1', 'l3'], [0.3, -0.6], 'linear')
     add(model, SOURCES, WEIGHTS, 'linear')
 
-    swift_patch.compile_merging()
+    compiling.compile_merging()
     calls = []
 
     def limit(*_):
@@ -90,7 +89,7 @@ def test_compiled_or_not_average_is_the_same(model):
     add(model, SOURCES, WEIGHTS, 'average')
     eager = values(model)
     update(model, ['l3'], [1.0])
-    swift_patch.compile_merging()
+    compiling.compile_merging()
     update(model, SOURCES, WEIGHTS)
     assert compiling._kernel is not None
     for found, expected in zip(values(model), eager):

@@ -10,8 +10,7 @@ from models import (assert_close_deltas, assert_same_state, deltas, fresh, layer
 from swift.tuners import SwiftModel
 from torch import nn
 
-import swift_patch
-from swift_patch import FusionComposer
+from swift_patch.weighted_adapter.composer import FusionComposer
 
 
 def active(model):
@@ -293,10 +292,6 @@ def test_a_dropped_model_is_collected():
     del model, composer
     gc.collect()
     assert reference() is None
-
-
-def test_it_is_a_public_name():
-    assert swift_patch.FusionComposer is FusionComposer
 
 
 @pytest.mark.parametrize('merge_method', ['mixture', 'selection'])

@@ -9,8 +9,8 @@ from swift.tuners import SwiftModel
 from swift.tuners.utils import OffloadHelper, SwiftAdapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swift_patch import FusionComposer
 from swift_patch.weighted_adapter import activation
+from swift_patch.weighted_adapter.composer import FusionComposer
 
 TARGETS = ['q_proj', 'down_proj']
 TYPES = {'average': {}, **PEFT_TYPES}

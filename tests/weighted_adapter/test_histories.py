@@ -22,8 +22,8 @@ from swift.tuners import utils as swift_utils
 from swift.tuners.utils import OffloadHelper, SwiftAdapter
 from torch import nn
 
-import swift_patch
 from swift_patch.weighted_adapter import activation
+from swift_patch.weighted_adapter.composer import FusionComposer
 from swift_patch.weighted_adapter.lora_index import adapter_containers, factors
 
 STEPS_PER_HISTORY = 14
@@ -299,7 +299,7 @@ class Histories(RuleBasedStateMachine):
 
         def step(side):
             if side.composer is None:
-                side.composer = swift_patch.FusionComposer(side.wrappers[0], combination_type='cat', adapter_name=name)
+                side.composer = FusionComposer(side.wrappers[0], combination_type='cat', adapter_name=name)
             for _ in range(1 + repeat):
                 side.composer.compose(sources, weights)
 

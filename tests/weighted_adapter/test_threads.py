@@ -6,7 +6,7 @@ import threading
 import torch
 from models import add, deltas, fresh, layers, loras, outputs, qwen2, swift_model
 
-from swift_patch import FusionComposer
+from swift_patch.weighted_adapter.composer import FusionComposer
 
 THREADS = 8
 OPERATIONS = 250  # in each thread
