@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .patching import apply, is_applied, revert
+from .releases import unsupported
 
 if TYPE_CHECKING:
     from .weighted_adapter.compiling import compile_merging
@@ -17,6 +18,11 @@ __all__ = ['FusionComposer', 'apply', 'compile_merging', 'is_applied', 'revert']
 
 
 def __getattr__(name: str) -> Any:
+    if name in ('FusionComposer', 'compile_merging'):
+        reason = unsupported()
+        if reason is not None:
+            # Importing them would fail in some way of its own, or they would not work.
+            raise RuntimeError(reason)
     if name == 'FusionComposer':
         from .weighted_adapter.composer import FusionComposer
         return FusionComposer

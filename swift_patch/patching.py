@@ -4,6 +4,7 @@ Nothing here imports ms-swift or PEFT: what is not imported yet is patched right
 post-import hooks.
 """
 import importlib
+import logging
 import pkgutil
 import sys
 import threading
@@ -14,6 +15,9 @@ from types import ModuleType
 from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Set, Tuple
 
 from . import stepping_aside
+from .releases import unsupported
+
+logger = logging.getLogger(__name__)
 
 
 class Patch(NamedTuple):
@@ -63,6 +67,8 @@ _MISSING = object()
 _originals: Dict[Patch, Optional[Tuple[type, str, Any]]] = {}
 # The patches that are to be made as soon as their modules are imported: set by `apply`, cleared by `revert`.
 _wanted: Set[Patch] = set()
+# Whether it was said, since the last `apply`, that the releases that are installed are not supported.
+_has_warned = False
 # The modules that have a post-import hook. Never cleared, for wrapt cannot take a hook back; hooks ask `_wanted`.
 _hooked: Set[str] = set()
 # The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
@@ -75,7 +81,12 @@ _lock = threading.RLock()
 
 
 def apply() -> None:
-    """Puts `PATCHES` in force, each as soon as its module is imported. Doing it again changes nothing."""
+    """Puts `PATCHES` in force, each as soon as its module is imported. Doing it again changes nothing.
+
+    With releases of ms-swift or PEFT that are not supported it patches nothing, and warns once they are imported.
+    """
+    global _has_warned
+    _has_warned = False
     _wanted.update(PATCHES)
     _patch_imported()
     for module in (*dict.fromkeys(patch.after for patch in PATCHES), *_OWN_MODULES):
@@ -110,7 +121,14 @@ def reverted() -> Iterator[None]:
 
 def is_applied() -> bool:
     """Returns whether the patches are in force, or will be as soon as their modules are imported."""
-    return _wanted.issuperset(PATCHES)
+    return why_not_applied() is None
+
+
+def why_not_applied() -> Optional[str]:
+    """Returns why the patches are not in force, in a text for users; None where `is_applied`."""
+    if not _wanted.issuperset(PATCHES):
+        return 'The patch is switched off: unset SWIFT_PATCH_DISABLE, or call swift_patch.apply().'
+    return unsupported()
 
 
 def in_force() -> Tuple[Patch, ...]:
@@ -143,6 +161,8 @@ def _patch_imported(imported: Optional[ModuleType] = None) -> None:
         for patch in PATCHES:
             if patch not in _wanted or patch in _originals or not _is_whole(patch.after, imported):
                 continue
+            if _is_refused():
+                return
             if any(name in sys.modules and not _is_whole(name, imported) for name in _OWN_MODULES):
                 continue
             if stepping_aside.IS_NEEDED and patch.module.startswith('swift.'):
@@ -162,6 +182,17 @@ def _patch_imported(imported: Optional[ModuleType] = None) -> None:
                     continue
             setattr(owner, attribute, staticmethod(new) if isinstance(original, staticmethod) else new)
             _originals[patch] = owner, attribute, original
+
+
+def _is_refused() -> bool:
+    """Whether the installed releases are not supported, which is said once."""
+    global _has_warned
+    reason = unsupported()
+    if reason is not None and not _has_warned:
+        _has_warned = True
+        # Not a Python warning, which would be raised into somebody's import where warnings are made errors.
+        logger.warning(reason)
+    return reason is not None
 
 
 def _is_whole(name: str, imported: Optional[ModuleType]) -> bool:

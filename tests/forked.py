@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 PRELOADED = [
     'bitsandbytes', 'hypothesis', 'peft', 'pytest', 'swift.arguments', 'swift.infer_engine', 'swift.pipelines.utils',
-    'swift.tuners', 'torch._dynamo.testing', 'transformers.models.qwen2.modeling_qwen2'
+    'swift.llm', 'swift.tuners', 'torch._dynamo.testing', 'transformers.models.qwen2.modeling_qwen2'
 ]
 
 _context = multiprocessing.get_context('forkserver')

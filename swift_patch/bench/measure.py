@@ -16,10 +16,9 @@ from torch import nn
 from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple)
 
-import swift_patch
 from ..inference.adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from ..inference.engine import load_engine, swift_arguments
-from ..patching import reverted
+from ..patching import reverted, why_not_applied
 from ..weighted_adapter.compiling import compile_merging
 from ..weighted_adapter.composer import FusionComposer, merge_options
 from ..weighted_adapter.merging import COMBINATION_TYPES
@@ -101,8 +100,9 @@ def run_bench(config: BenchConfig, stage: Stage, say: Callable[[str], Any]) -> B
     Raises:
         ValueError: Something that a user can put right is wrong. Almost all of that is found before a model is loaded.
     """
-    if not swift_patch.is_applied():
-        raise ValueError('The patch is switched off: unset SWIFT_PATCH_DISABLE, or call swift_patch.apply().')
+    reason = why_not_applied()
+    if reason is not None:
+        raise ValueError(reason)
     if config.compile_merging:
         compile_merging()
     with tempfile.TemporaryDirectory() as folder:

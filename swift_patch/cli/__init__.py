@@ -1,9 +1,11 @@
 """The command `swift-patch`. Each sub-command is a module with `add_parser`; none imports torch before it runs."""
 import argparse
+import sys
 from rich_argparse import RichHelpFormatter
 from typing import List, Optional
 
 import swift_patch
+from ..releases import unsupported
 from . import bench, demo, doctor, infer, upstream
 
 
@@ -32,5 +34,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     if unknown:
         # Not by `parse_args`, which would show the usage of `swift-patch` itself.
         subparsers.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
+    reason = unsupported() if args.command in ('infer', 'bench', 'demo') else None
+    if reason is not None:
+        # Before the command imports what would fail in some way of its own.
+        print(f'swift-patch {args.command}: error: {reason}', file=sys.stderr)
+        return 2
     code: int = args.run(args)
     return code

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from typing import Dict
 
-from swift_patch import patching
+from swift_patch import patching, releases, stepping_aside
 
 PLUGIN = Path(__file__).resolve().parent.parent / 'external_plugin' / 'swift_patch_plugin.py'
 _PACKAGES = ('swift-patch', 'ms-swift', 'peft', 'transformers', 'torch')
@@ -30,14 +30,16 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 where the whole patch is in force, else 1.
     """
-    for module in dict.fromkeys(patch.after for patch in patching.PATCHES):
-        importlib.import_module(module)
     console = Console()
-
-    table = Table('package', 'version', title='Versions', title_justify='left')
+    table = Table('package', 'version', 'supported', title='Versions', title_justify='left')
     for package, version in versions().items():
-        table.add_row(package, version)
+        table.add_row(package, version, str(releases.SUPPORTED.get(package, '')))
     console.print(table)
+
+    reason = patching.why_not_applied()
+    if releases.unsupported() is None:
+        for module in dict.fromkeys(patch.after for patch in patching.PATCHES):
+            importlib.import_module(module)
 
     in_force, needless = patching.in_force(), patching.needless()
     patches = Table('of', 'replaced', 'by', 'in force', title='Patch', title_justify='left')
@@ -46,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
             patch.module.split('.')[0], patch.target, f'{patch.source.split(":")[0].split(".")[-1]}.py',
             'yes' if patch in in_force else 'not needed' if patch in needless else 'no')
     console.print(patches)
-    if not patching.is_applied():
-        console.print('The patch is not applied: is SWIFT_PATCH_DISABLE set?')
+    if stepping_aside.IS_NEEDED:
+        console.print('The installed ms-swift has these functions itself: swift_patch steps aside.')
+    if reason is not None:
+        console.print(f'The patch is not applied. {reason}', soft_wrap=True, highlight=False)
     # Not wrapped at the width of the console, to be copied whole.
     console.print(f'swift infer --external_plugins {PLUGIN}', soft_wrap=True, highlight=False)
-    return 0 if {*in_force, *needless} == set(patching.PATCHES) else 1
+    return 0 if reason is None and {*in_force, *needless} == set(patching.PATCHES) else 1
 
 
 def versions() -> Dict[str, str]:

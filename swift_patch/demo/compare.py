@@ -35,7 +35,7 @@ class Town:
     """
 
     def __init__(self, model_dir: str, adapters: Dict[str, str]):
-        from swift.arguments import BaseArguments
+        from ..ms_swift import BaseArguments
         with hush():
             args = BaseArguments(
                 model=model_dir,
@@ -64,7 +64,7 @@ class Town:
         Returns:
             The answers to the samples, or to the first of them.
         """
-        from swift.infer_engine import InferRequest
+        from ..ms_swift import InferRequest
         answers = Answers()
         compositions = [([self._aliases[name] for name in sample['adapters']], list(sample['weights']))
                         for sample in samples]

@@ -53,7 +53,7 @@ def pretrain_base(model_dir: Union[str, Path],
 
     with hush():
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model_dir).float()
     rows = [_encode(tokenizer, sample) for sample in samples]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
@@ -126,11 +126,11 @@ def train_adapter(model_dir: Union[str, Path],
         raise FileNotFoundError(f'`dataset_file` does not exist: {dataset_file}')
 
     # Outside of `hush`: a log handler made inside would keep writing to the redirected stderr for ever.
-    from swift import SftArguments, sft_main
+    from ..ms_swift import TUNER_OPTION, sft_main
 
     with hush() if quiet else contextlib.nullcontext():
         result = sft_main(
-            SftArguments(
+            dict(
                 model=str(model_dir),
                 model_type=MODEL_TYPE,
                 template=TEMPLATE,
@@ -138,7 +138,7 @@ def train_adapter(model_dir: Union[str, Path],
                 dataset=[str(dataset_file)],
                 output_dir=str(output_dir),
                 add_version=False,
-                tuner_type='lora',
+                **{TUNER_OPTION: 'lora'},
                 use_swift_lora=use_swift_lora,
                 target_modules=list(TARGET_MODULES),
                 lora_rank=rank,

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple
 from .adapters import AdapterCheckpoint, load_adapters
 
 if TYPE_CHECKING:
-    from swift.arguments import BaseArguments
-    from swift.infer_engine import TransformersEngine
+    from ..ms_swift import BaseArguments, TransformersEngine
 
 
 def swift_arguments(swift_args: Mapping[str, Any], checkpoints: Sequence[AdapterCheckpoint]) -> 'BaseArguments':
@@ -19,8 +18,9 @@ def swift_arguments(swift_args: Mapping[str, Any], checkpoints: Sequence[Adapter
     Raises:
         ValueError: If ms-swift cannot use them, or if this is one process of several.
     """
-    from swift.arguments import BaseArguments
     from swift.utils import is_dist
+
+    from ..ms_swift import BaseArguments
     if is_dist():
         raise ValueError('swift-patch runs in one process, but this is one of several, as of torchrun: start it by '
                          'itself (and split the dataset of an inference to use several).')
@@ -46,14 +46,13 @@ def load_engine(args: 'BaseArguments',
     Raises:
         ValueError: If the model cannot be loaded, or if an adapter does not fit it.
     """
-    from swift.infer_engine import TransformersEngine
-    from swift.pipelines.utils import prepare_model_template
+    from ..ms_swift import get_engine, load_base
 
     # The adapters are ours to load, so that none of them needs the name that ms-swift would give it.
     try:
-        model, template = prepare_model_template(args, adapters=[])
+        model, template = load_base(args)
     except Exception as e:  # no such device, no such attention implementation, out of memory, a damaged file, ...
         reason = ' '.join(str(e).split())
         raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason:.1000}') from e
     model, aliases = load_adapters(model, checkpoints)
-    return TransformersEngine(model, template=template, max_batch_size=1), aliases
+    return get_engine(model, template, max_batch_size=1), aliases

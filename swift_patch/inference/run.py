@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
 from ..files import check_writable, told_as
-from ..patching import is_applied
+from ..patching import why_not_applied
 from ..weighted_adapter.messages import shown
 from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
 from .engine import load_engine, swift_arguments
 
 if TYPE_CHECKING:
-    from swift.arguments import BaseArguments
-    from swift.infer_engine import InferRequest
+    from ..ms_swift import BaseArguments, InferRequest
 
 # The keys of a sample that ms-swift's engine takes besides the messages.
 REQUEST_KEYS = ('images', 'audios', 'videos', 'tools', 'objects', 'chat_template_kwargs')
@@ -101,8 +100,9 @@ def run_infer(config: InferConfig) -> InferSummary:
         ValueError: If anything else that a user can put right is wrong.
         KeyboardInterrupt: Where it was interrupted; once there is a result file, with a text on how to go on.
     """
-    if not is_applied():
-        raise ValueError('The patch is switched off: unset SWIFT_PATCH_DISABLE, or call swift_patch.apply().')
+    reason = why_not_applied()
+    if reason is not None:
+        raise ValueError(reason)
     samples = read_dataset(config.val_dataset, config.adapters)
     checkpoints = find_checkpoints(config.adapters)
     _check_result_path(config)
@@ -293,7 +293,7 @@ def _check_result_path(config: InferConfig) -> None:
 
 
 def _to_request(sample: Sample) -> 'InferRequest':
-    from swift.infer_engine import InferRequest
+    from ..ms_swift import InferRequest
     extra = {key: sample.data[key] for key in REQUEST_KEYS if sample.data.get(key) is not None}
     return InferRequest(messages=sample.messages, **extra)
 
@@ -309,8 +309,9 @@ def _check_template(config: InferConfig, args: 'BaseArguments', samples: Sequenc
         raise ValueError(f'swift-patch infer generates text, but this is a model for {args.task_type}.')
     if args.model_meta.is_multimodal:  # encoding would load every image twice
         return
-    template = args.get_template()
-    template.set_mode('transformers')
+    from ..ms_swift import TEMPLATE_MODE, get_template
+    template = get_template(args)
+    template.set_mode(TEMPLATE_MODE)
     max_model_len = template.model_info.max_model_len
     problems: List[Tuple[int, str]] = []
     for sample, request in zip(samples, requests):
@@ -355,7 +356,8 @@ def _settings(config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[
     """Collect what the result lines depend on besides the samples, as JSON."""
     settings: Dict[str, Any] = {'model': os.path.abspath(args.model) if os.path.isdir(args.model) else args.model}
     for key in dict.fromkeys([*_RECORDED, *sorted(config.swift_args)]):
-        value = getattr(args, key)
+        # ms-swift has more of them with every release.
+        value = getattr(args, key, None)
         if value is not None and key not in _NOT_RECORDED:
             # A torch.dtype, for one, is no JSON.
             settings[key] = value if isinstance(value, (bool, int, float, str, list, dict)) else str(value)

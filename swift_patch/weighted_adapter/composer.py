@@ -347,4 +347,4 @@ def _samples(sources: List[str], loaded: Adapters) -> List[Tensor]:
 def _check_applied() -> None:
     if not hasattr(LoraModel, 'update_weighted_adapter'):
         raise RuntimeError('LoraModel of PEFT is expected to have `update_weighted_adapter`, but the patch was '
-                           'reverted: call its `apply()`.')
+                           'reverted, or refuses the releases that are installed: call its `apply()`.')

@@ -11,6 +11,7 @@ from typing import Dict
 
 from swift_patch.cli.doctor import PLUGIN
 from swift_patch.demo.tiny_model import MODEL_TYPE, TEMPLATE, build_tiny_qwen2
+from swift_patch.ms_swift import TUNER_OPTION
 
 
 @pytest.fixture(scope='session')
@@ -44,7 +45,7 @@ def trained(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[st
             'use_cpu': 'true',
             'report_to': 'none',
         }
-        command = [sys.executable, '-m', 'swift.cli.sft', '--tuner_type', 'lora', '--target_modules', 'all-linear']
+        command = [sys.executable, '-m', 'swift.cli.sft', f'--{TUNER_OPTION}', 'lora', '--target_modules', 'all-linear']
         # Without the patch, ms-swift cannot make a SwiftModel with some releases of PEFT.
         command += ['--external_plugins', str(PLUGIN)]
         for key, value in args.items():

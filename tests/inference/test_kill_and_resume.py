@@ -37,11 +37,9 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
     in place: moments too short to be hit from outside.
     """
     told.send(('starting', time.perf_counter()))
-    import swift.pipelines.utils
-    from swift.infer_engine import TransformersEngine
     from tqdm import tqdm
 
-    from swift_patch import FusionComposer, cli
+    from swift_patch import FusionComposer, cli, ms_swift
     from swift_patch.inference import engine, run
 
     def tell(owner: Any, name: str, phase: str) -> None:
@@ -53,11 +51,11 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
 
         setattr(owner, name, telling)
 
-    tell(swift.pipelines.utils, 'prepare_model_template', 'loading the model')
+    tell(ms_swift, 'prepare_model_template', 'loading the model')
     tell(engine, 'load_adapters', 'loading the adapters')
     tell(FusionComposer, 'reserve', 'reserving')
     tell(FusionComposer, 'compose', 'composing')
-    tell(TransformersEngine, 'infer', 'generating')
+    tell(ms_swift.TransformersEngine, 'infer', 'generating')
     tell(run, '_write_line', 'writing')
     tell(os, 'replace', 'writing the settings')
     # By default a semaphore, which nobody removes when the process is killed.

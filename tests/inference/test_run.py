@@ -105,9 +105,7 @@ def test_a_result_is_what_swift_infer_writes_and_how_it_was_composed(config: Inf
 
 @pytest.mark.parametrize('kinds', [('swift', 'swift2'), ('peft', 'peft2'), ('swift', 'peft')])
 def test_one_adapter_answers_as_in_swift_infer(config: InferConfig, checkpoints: Dict[str, str], kinds: Any) -> None:
-    from swift.arguments import BaseArguments
-    from swift.infer_engine import InferRequest, TransformersEngine
-    from swift.pipelines.utils import prepare_model_template
+    from swift_patch.ms_swift import BaseArguments, InferRequest, get_engine, get_template, prepare_model_template
     config.swift_args['temperature'] = 0.
     config.adapters = {f'name.{kind}': checkpoints[kind] for kind in kinds}
     samples = [{'messages': [USER], 'adapters': [name]} for name in config.adapters]
@@ -115,7 +113,7 @@ def test_one_adapter_answers_as_in_swift_infer(config: InferConfig, checkpoints:
     expected = []
     for path in config.adapters.values():
         args = BaseArguments(adapters=[path], **config.swift_args)
-        engine = TransformersEngine(*prepare_model_template(args)[:1], template=args.get_template())
+        engine = get_engine(prepare_model_template(args)[0], get_template(args))
         response = engine.infer([InferRequest(messages=[USER])], args.get_request_config())[0]
         expected.append(response.choices[0].message.content)
     assert expected[0] != expected[1], 'or the test would see nothing'
