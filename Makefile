@@ -2,15 +2,31 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := swift_patch tests benchmarks
+SOURCES := swift_patch tests benchmarks noxfile.py
+# Processes of pytest at a time.
+WORKERS ?= 2
+MATRIX ?= newest older-peft last-3 oldest
 
-.PHONY: demo test fuzz bench bench-gate figures lint format dist clean
+.PHONY: demo test matrix upstream-test fuzz bench bench-gate figures lint format dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/swift-patch demo --output_dir demo_out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# The same in an environment of its own for each pair of releases in noxfile.py, or for those in MATRIX; then the table.
+matrix: $(VENV)/.installed
+	$(BIN)/nox $(addprefix --session suite-,$(MATRIX)) -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/nox --session table
+
+# The tests of swift_patch/weighted_adapter on a copy of the installed ms-swift with the edit of `swift-patch upstream`.
+upstream-test: $(VENV)/.installed
+	rm -rf build/edited
+	mkdir -p build/edited
+	cp -r $$($(BIN)/python -c 'import swift, os; print(os.path.dirname(swift.__file__))') build/edited/swift
+	$(BIN)/swift-patch upstream --repo build/edited
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/weighted_adapter --ms-swift build/edited $(PYTEST_ARGS)
 
 # All that is random, anew: STEPS steps of histories in each wrapper, and the properties in proportion. `make test` tries
 # the same few each time.
@@ -50,7 +66,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt swift_patch/__init__.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dist,lint,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dist,lint,test,upstream]'
 	touch $@
 
 clean:

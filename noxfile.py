@@ -1,21 +1,20 @@
-"""The suite with every pair of releases that the README's table lists: `make matrix`, or `nox -s "suite(oldest)"`.
+"""The suite with the releases that the README's table lists: `make matrix`, or `nox -s suite-oldest` for one of them.
 
-Each session makes an environment of its own, runs the tests in it, and leaves a line for the table that
-`nox -s table` prints.
+Each session makes an environment of its own and runs the tests in it; `table` prints as Markdown what they found.
 """
 import json
 import nox
+import shutil
+import subprocess
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Dict
 
 nox.options.default_venv_backend = 'venv'
 nox.options.reuse_existing_virtualenvs = True
-nox.options.error_on_missing_interpreters = False
 
-RESULTS = Path('.nox') / 'results'
-# By name, the Python and the pins. Where a release has an older or newer neighbour that no line names, the neighbour
-# is inside of the range in pyproject.toml, but was not run.
+TORCH = '2.13.0'
+# By name, the Python that is used where there is one, and the pins.
 ENVIRONMENTS: Dict[str, Dict[str, str]] = {
     'newest': {
         'python': '3.12',
@@ -23,29 +22,78 @@ ENVIRONMENTS: Dict[str, Dict[str, str]] = {
         'peft': '0.20.0',
         'transformers': '5.19.0'
     },
-    '4.6-peft-0.18': {
+    'older-peft': {
         'python': '3.11',
         'ms-swift': '4.6.0',
         'peft': '0.18.1',
         'transformers': '5.19.0'
     },
+    'last-3': {
+        'python': '3.11',
+        'ms-swift': '3.12.6',
+        'peft': '0.18.1',
+        'transformers': '4.57.6'
+    },
+    'oldest': {
+        'python': '3.10',
+        'ms-swift': '3.11.0',
+        'peft': '0.18.0',
+        'transformers': '4.57.6'
+    },
 }
-TORCH = '2.13.0'
+RESULTS = Path('.nox') / 'results'
 
 
-@nox.session
-@nox.parametrize('name', list(ENVIRONMENTS), ids=list(ENVIRONMENTS))
-def suite(session: nox.Session, name: str) -> None:
-    """Runs the suite, or what is given after `--`, with one pair of releases."""
-    pins = {'torch': TORCH, **ENVIRONMENTS[name]}
-    python = pins.pop('python')
-    session.run('python', '-c', f'import sys; assert sys.version.startswith("{python}"), sys.version')
-    constraints = Path(session.create_tmp()) / 'constraints.txt'
-    constraints.write_text(''.join(f'{package}=={version}\n' for package, version in pins.items()))
-    session.install('--constraint', str(constraints), '--editable', '.[test,upstream]')
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    report = RESULTS.resolve() / f'{name}.xml'
-    session.run('python', '-m', 'pytest', f'--junitxml={report}', *session.posargs)
-    counts = xml.etree.ElementTree.parse(report).getroot()[0].attrib
-    line = {'python': python, **pins, **{key: counts[key] for key in ('tests', 'failures', 'errors', 'skipped')}}
-    (RESULTS / f'{name}.json').write_text(json.dumps(line))
+def interpreter(version: str) -> str:
+    """Returns a Python of this version, or the one that runs nox where there is none."""
+    found = shutil.which(f'python{version}')
+    # A shim of pyenv is there for each Python, but not each of them can be started.
+    is_there = found is not None and subprocess.run([found, '--version'], capture_output=True).returncode == 0
+    return str(found) if is_there else 'python'
+
+
+def add_session(name: str, pins: Dict[str, str]) -> None:
+    """Adds the session of one environment."""
+
+    @nox.session(name=f'suite-{name}', python=interpreter(pins['python']))
+    def suite(session: nox.Session) -> None:
+        """Runs the suite with one pair of releases; what is given after `--` goes to pytest."""
+        versions = {'torch': TORCH, **{package: version for package, version in pins.items() if package != 'python'}}
+        constraints = Path(session.create_tmp()) / 'constraints.txt'
+        constraints.write_text(''.join(f'{package}=={version}\n' for package, version in versions.items()))
+        session.install('--constraint', str(constraints), '--editable', '.[test,upstream]')
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        report = RESULTS.resolve() / f'{name}.xml'
+        report.unlink(missing_ok=True)
+        try:
+            session.run('python', '-m', 'pytest', f'--junitxml={report}', *session.posargs)
+        finally:
+            if report.exists():
+                python = session.run('python', '-c', 'import platform; print(platform.python_version())', silent=True)
+                counts = xml.etree.ElementTree.parse(report).getroot()[0].attrib
+                found = {key: int(counts[key]) for key in ('tests', 'failures', 'errors', 'skipped')}
+                line = {'python': str(python).strip(), **versions, **found}
+                (RESULTS / f'{name}.json').write_text(json.dumps(line, indent=2))
+
+
+for environment, environment_pins in ENVIRONMENTS.items():
+    add_session(environment, environment_pins)
+
+
+@nox.session(venv_backend='none')
+def table(session: nox.Session) -> None:
+    """Prints the table of the README: what the sessions found when they last ran."""
+    print('| ms-swift | peft | transformers | Python | passed | skipped | failed |')
+    print('| --- | --- | --- | --- | ---: | ---: | ---: |')
+    for name in ENVIRONMENTS:
+        path = RESULTS / f'{name}.json'
+        if not path.exists():
+            session.warn(f'suite-{name} has not run here')
+            continue
+        found = json.loads(path.read_text())
+        failed = found['failures'] + found['errors']
+        cells = [
+            *(found[key] for key in ('ms-swift', 'peft', 'transformers', 'python')),
+            found['tests'] - failed - found['skipped'], found['skipped'], failed
+        ]
+        print('| ' + ' | '.join(map(str, cells)) + ' |')
