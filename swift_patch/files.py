@@ -27,7 +27,7 @@ def check_writable(path: Path) -> None:
             raise ValueError(f'Cannot write {path}: no permission to write to {existing}.')
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Puts a file in place in one step, with the folders that it needs.
 
     Args:

@@ -93,6 +93,7 @@ def write(repo: Path, changes: List[FileChange]) -> None:
 
 def _styled(source: str) -> str:
     """Returns a module in ms-swift's style."""
+    styled: str
     styled, _ = FormatCode(isort.code(source, config=_ISORT), style_config=YAPF_STYLE)
     return styled
 

@@ -9,7 +9,7 @@ import libcst as cst
 import libcst.matchers as m
 import textwrap
 from libcst import FunctionDef, Module
-from typing import Any, Callable, Dict, List, Sequence, Union
+from typing import Any, Callable, Dict, List, Sequence
 from yapf.yapflib.yapf_api import FormatCode
 
 from ..patching import PATCHES, Patch
@@ -19,8 +19,6 @@ YAPF_STYLE = ('{based_on_style: pep8, column_limit: 120, blank_line_before_neste
               'split_before_expression_after_opening_paren: true, split_before_arithmetic_operator: true}')
 # After which method a new one comes.
 _PREDECESSOR = 'add_weighted_adapter'
-
-_Body = Union[FunctionDef, cst.ClassDef]
 
 
 class UnexpectedCode(ValueError):
@@ -57,25 +55,25 @@ def _delegate(patch: Patch) -> Callable[[str, Module], Module]:
         new = _method(method_name, function, source)
         class_def = _find(path, module, class_name)
         if not _has(class_def, method_name):
-            return module.deep_replace(class_def, _with_new(path, class_def, new))
+            return _replaced(module, class_def, _with_new(path, class_def, new))
         old = _find(path, class_def, method_name)
         found = [parameter.name.value for parameter in old.params.params]
         if found != parameters:
             raise UnexpectedCode(f'{path}: {patch.target} is expected to take {parameters}, found {found}.')
-        return module.deep_replace(old, old.with_changes(body=new.body))
+        return _replaced(module, old, old.with_changes(body=new.body))
 
     return edit
 
 
 def _method(name: str, function: Callable[..., Any], source: str) -> FunctionDef:
     """Returns a method of the signature and the docstring of `function`, that calls it."""
-    definition = cst.parse_module(inspect.getsource(function)).body[-1]
+    definition: Any = cst.parse_module(inspect.getsource(function)).body[-1]
     parameters = [
         # As ms-swift writes it.
         parameter.with_changes(annotation=None) if parameter.name.value == 'self' else parameter
         for parameter in definition.params.params
     ]
-    docstring = '\n'.join(f'        {line}' if line else '' for line in inspect.getdoc(function).splitlines())
+    docstring = '\n'.join(f'        {line}' if line else '' for line in (inspect.getdoc(function) or '').splitlines())
     header = Module([]).code_for_node(
         definition.with_changes(
             name=cst.Name(name),
@@ -87,12 +85,11 @@ def _method(name: str, function: Callable[..., Any], source: str) -> FunctionDef
     text = (f'class _:\n\n    {header}\n        """{docstring.lstrip()}\n        """\n'
             f'        from .{source} import {function.__name__}\n        {function.__name__}({arguments})\n')
     formatted, _ = FormatCode(text, style_config=YAPF_STYLE)
-    [class_def] = cst.parse_module(formatted).body
-    [method] = class_def.body.body
-    return method
+    class_def: Any = cst.parse_module(formatted).body[0]
+    return cst.ensure_type(class_def.body.body[0], FunctionDef)
 
 
-def _with_new(path: str, class_def: cst.ClassDef, method: FunctionDef) -> cst.ClassDef:
+def _with_new(path: str, class_def: Any, method: FunctionDef) -> Any:
     predecessor = _find(path, class_def, _PREDECESSOR)
     method = method.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
     body: List[Any] = []
@@ -107,8 +104,8 @@ def _inserted(target: str, text: str) -> Callable[[str, Module], Module]:
     Those of one `if` go into the `if` of the same condition that a method begins with.
     """
     # Parsed in a function, so that comments before the first statement belong to it.
-    [function] = cst.parse_module(textwrap.indent(text, '    ').join(['def _():\n    pass\n', ''])).body
-    new = list(function.body.body)[1:]
+    wrapper: Any = cst.parse_module('def _():\n    pass\n' + textwrap.indent(text, '    ')).body[0]
+    new = list(wrapper.body.body)[1:]
 
     def edit(path: str, module: Module) -> Module:
         holder: Any = module
@@ -129,7 +126,7 @@ def _inserted(target: str, text: str) -> Callable[[str, Module], Module]:
                 body[first] = begun.with_changes(body=begun.body.with_changes(body=inner))
             else:
                 body[first:first] = new
-        return module.deep_replace(function, function.with_changes(body=function.body.with_changes(body=body)))
+        return _replaced(module, function, function.with_changes(body=function.body.with_changes(body=body)))
 
     return edit
 
@@ -138,12 +135,13 @@ def _completed_update(path: str, module: Module) -> Module:
     """Gives `update_layer` of a LoRA layer what the installed PEFT demands."""
     class_def = _find(path, module, 'LoraModel')
     method = _find(path, class_def, '_create_and_replace')
-    calls = m.findall(method, m.Call(func=m.Attribute(m.Name('target'), m.Name('update_layer'))))
+    calls: Sequence[Any] = m.findall(method, m.Call(func=m.Attribute(m.Name('target'), m.Name('update_layer'))))
     if len(calls) != 1:
         raise UnexpectedCode(f'{path}: LoraModel._create_and_replace is expected to call target.update_layer once, '
                              f'found {len(calls)} calls.')
     [call] = calls
-    more = cst.parse_expression('f(**layer_arguments(target.update_layer, lora_config))').args[0]
+    more: Any = cst.parse_expression('f(**layer_arguments(target.update_layer, lora_config))')
+    more = more.args[0]
     if any(argument.star == '**' or m.matches(argument, m.Arg(keyword=m.Name('config'))) for argument in call.args):
         return module
     last = call.args[-1]
@@ -154,7 +152,7 @@ def _completed_update(path: str, module: Module) -> Module:
         last.with_changes(comma=between),
         more.with_changes(comma=last.comma if is_multiline else cst.MaybeSentinel.DEFAULT)
     ]
-    return module.deep_replace(call, call.with_changes(args=arguments))
+    return _replaced(module, call, call.with_changes(args=arguments))
 
 
 def _find(path: str, holder: Any, name: str) -> Any:
@@ -177,6 +175,10 @@ def _is_named(statement: cst.CSTNode, name: str) -> bool:
 
 def _statements(holder: Any) -> Sequence[cst.CSTNode]:
     return holder.body if isinstance(holder, Module) else holder.body.body
+
+
+def _replaced(module: Module, old: cst.CSTNode, new: cst.CSTNode) -> Module:
+    return cst.ensure_type(module.deep_replace(old, new), Module)
 
 
 def _leaves(statements: Sequence[Any]) -> List[Any]:
