@@ -2,6 +2,7 @@
 import difflib
 import inspect
 import isort
+from functools import lru_cache
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 from yapf.yapflib.yapf_api import FormatCode
@@ -91,8 +92,9 @@ def write(repo: Path, changes: List[FileChange]) -> None:
             (repo / item.path).write_bytes(item.new.encode())
 
 
+@lru_cache(maxsize=None)
 def _styled(source: str) -> str:
-    """Returns a module in ms-swift's style."""
+    """Returns a module in ms-swift's style. That takes seconds, and is the same for every checkout."""
     styled: str
     styled, _ = FormatCode(isort.code(source, config=_ISORT), style_config=YAPF_STYLE)
     return styled
