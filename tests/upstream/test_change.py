@@ -52,19 +52,21 @@ def test_the_diff_applies_and_gives_what_the_edit_gives(repo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'tool', [['flake8'], ['isort', '--check-only', '--diff'], ['yapf', '--diff']], ids=lambda tool: tool[0])
+    'tool', [['flake8'], ['isort', '--check-only', '--diff'], ['yapf', '--diff', '--recursive']],
+    ids=lambda tool: tool[0])
 def test_linters_with_the_settings_of_ms_swift_find_nothing_new(repo, stock_copy, tool):
     (repo / 'setup.cfg').write_bytes((stock_copy / 'setup.cfg').read_bytes())
 
-    def found(path):
-        process = subprocess.run([sys.executable, '-m', *tool, path], cwd=repo, capture_output=True, text=True)
-        return (process.stdout + process.stderr).count('\n')
+    def found(*paths):
+        process = subprocess.run([sys.executable, '-m', *tool, *paths], cwd=repo, capture_output=True, text=True)
+        return process.stdout + process.stderr
 
-    before = {f'swift/tuners/{name}.py': found(f'swift/tuners/{name}.py') for name in MODULES}
+    edited = [f'swift/tuners/{name}.py' for name in MODULES]
+    before = found(*edited)
     main(['upstream', '--repo', str(repo)])
-    for path, count in before.items():
-        assert found(path) <= count, path
-    assert found('swift/tuners/weighted_adapter') == found(TEST) == 0
+    # Older releases of ms-swift are not in the style of today's linters.
+    assert found(*edited).count('\n') <= before.count('\n')
+    assert found('swift/tuners/weighted_adapter', TEST) == ''
 
 
 def test_nothing_of_the_change_names_the_plugin(repo):
