@@ -36,7 +36,7 @@ ENVIRONMENTS: Dict[str, Dict[str, str]] = {
     },
     'oldest': {
         'python': '3.10',
-        'ms-swift': '3.11.0',
+        'ms-swift': '3.11.2',
         'peft': '0.18.0',
         'transformers': '4.57.6'
     },

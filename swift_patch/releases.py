@@ -9,7 +9,7 @@ from typing import Dict, Optional
 
 from . import stepping_aside
 
-SUPPORTED: Dict[str, SpecifierSet] = {'ms-swift': SpecifierSet('>=3.11,<4.7'), 'peft': SpecifierSet('>=0.18,<0.21')}
+SUPPORTED: Dict[str, SpecifierSet] = {'ms-swift': SpecifierSet('>=3.11.2,<4.7'), 'peft': SpecifierSet('>=0.18,<0.21')}
 
 
 def installed(package: str) -> Optional[str]:

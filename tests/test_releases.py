@@ -62,7 +62,7 @@ def test_what_is_installed_here_is_supported():
 
 @pytest.mark.parametrize('package, version, expected', [
     ('ms_swift', '3.10.3', False),
-    ('ms_swift', '3.11.0', True),
+    ('ms_swift', '3.11.2', True),
     ('ms_swift', '4.6.0.dev0', True),
     ('ms_swift', '4.6.9', True),
     ('ms_swift', '4.7.0.dev0', False),
