@@ -58,7 +58,9 @@ class Project:
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester) -> Project:
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Project:
+    # The inner run measures, though the outer one be a worker of pytest-xdist, in which pytest-benchmark would not.
+    monkeypatch.delenv('PYTEST_XDIST_WORKER', raising=False)
     return Project(pytester)
 
 
