@@ -9,7 +9,10 @@ def test_ms_swifts_own_infer_command_runs_with_the_patch_in_force(model_dir, tmp
     dataset, result, probe = tmp_path / 'samples.jsonl', tmp_path / 'results.jsonl', tmp_path / 'probe.py'
     dataset.write_text(json.dumps({'messages': [{'role': 'user', 'content': 'hello'}]}) + '\n')
     probe.write_text('import atexit\nfrom swift_patch import patching\n'
-                     'atexit.register(lambda: print("in force:", patching.in_force() == patching.PATCHES))\n')
+                     'def tell():\n'
+                     '    done = {*patching.in_force(), *patching.needless()}\n'
+                     '    print("in force:", done == {*patching.PATCHES})\n'
+                     'atexit.register(tell)\n')
     command = [sys.executable, '-m', 'swift.cli.infer', '--external_plugins', str(PLUGIN), str(probe)]
     for key, value in {
             'model': model_dir,
