@@ -14,7 +14,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         'upstream',
         help='make the pull request: the same functions as a change to a checkout of ms-swift',
         description='Edit a checkout of ms-swift so that it has what the import of swift_patch gives, or write that as '
-        'a diff. Needs the extra "upstream": pip install swift-patch[upstream].')
+        'a diff. Needs the extra "upstream" of this package: libcst, isort and yapf.')
     parser.set_defaults(run=run)
     parser.add_argument(
         '--repo', type=Path, required=True, metavar='PATH', help='a checkout of ms-swift, of a supported release')
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             from ..upstream.change import change, write
             from ..upstream.pull_request import pull_request
         except ModuleNotFoundError as e:
-            raise ValueError(f'{e.name} is needed here, but is not installed: pip install swift-patch[upstream]') from e
+            raise ValueError(f'{e.name} is needed here, but is not installed: pip install libcst isort yapf') from e
         changes = change(args.repo)
         text = pull_request(args.figures)
         if args.diff:
