@@ -1,11 +1,9 @@
 """The suite with the releases that the README's table lists: `make matrix`, or `nox -s suite-oldest` for one of them.
 
-Each session makes an environment of its own and runs the tests in it; `table` prints as Markdown what they found.
+Each session makes an environment of its own, of the Python that runs nox, and runs the tests in it; `table` prints as Markdown what they found.
 """
 import json
 import nox
-import shutil
-import subprocess
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Dict
@@ -14,51 +12,48 @@ nox.options.default_venv_backend = 'venv'
 nox.options.reuse_existing_virtualenvs = True
 
 TORCH = '2.13.0'
-# By name, the Python that is used where there is one, and the pins.
+# What pip would search for long: the newest that ms-swift 3 works with.
+OF_SWIFT_3 = {
+    'transformers': '4.57.6',
+    'trl': '0.24.0',
+    'datasets': '3.6.0',
+    'pandas': '2.3.3',
+    'gradio': '5.50.0',
+    'setuptools': '80.9.0'
+}
+# By name, the pins.
 ENVIRONMENTS: Dict[str, Dict[str, str]] = {
     'newest': {
-        'python': '3.12',
         'ms-swift': '4.6.0',
         'peft': '0.20.0',
         'transformers': '5.19.0'
     },
     'older-peft': {
-        'python': '3.11',
         'ms-swift': '4.6.0',
         'peft': '0.18.1',
         'transformers': '5.19.0'
     },
     'last-3': {
-        'python': '3.11',
         'ms-swift': '3.12.6',
         'peft': '0.18.1',
-        'transformers': '4.57.6'
+        **OF_SWIFT_3
     },
     'oldest': {
-        'python': '3.10',
         'ms-swift': '3.11.2',
         'peft': '0.18.0',
-        'transformers': '4.57.6'
+        **OF_SWIFT_3
     },
 }
 RESULTS = Path('.nox') / 'results'
 
 
-def interpreter(version: str) -> str:
-    """Returns a Python of this version, or the one that runs nox where there is none."""
-    found = shutil.which(f'python{version}')
-    # A shim of pyenv is there for each Python, but not each of them can be started.
-    is_there = found is not None and subprocess.run([found, '--version'], capture_output=True).returncode == 0
-    return str(found) if is_there else 'python'
-
-
 def add_session(name: str, pins: Dict[str, str]) -> None:
     """Adds the session of one environment."""
 
-    @nox.session(name=f'suite-{name}', python=interpreter(pins['python']))
+    @nox.session(name=f'suite-{name}')
     def suite(session: nox.Session) -> None:
         """Runs the suite with one pair of releases; what is given after `--` goes to pytest."""
-        versions = {'torch': TORCH, **{package: version for package, version in pins.items() if package != 'python'}}
+        versions = {'torch': TORCH, **pins}
         constraints = Path(session.create_tmp()) / 'constraints.txt'
         constraints.write_text(''.join(f'{package}=={version}\n' for package, version in versions.items()))
         session.install('--constraint', str(constraints), '--editable', '.[test,upstream]')
