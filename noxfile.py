@@ -1,6 +1,7 @@
 """The suite with the releases that the README's table lists: `make matrix`, or `nox -s suite-oldest` for one of them.
 
-Each session makes an environment of its own, of the Python that runs nox, and runs the tests in it; `table` prints as Markdown what they found.
+Each session makes an environment of its own, of the Python that runs nox, and runs the tests in it; `table` prints as
+Markdown what they found.
 """
 import json
 import nox
