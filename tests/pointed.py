@@ -31,6 +31,7 @@ def point_at(path: str) -> None:
     global _stock_root
     assert not {'swift', 'swift_patch'} & set(sys.modules)
     _stock_root = str(Path(find_spec('swift').origin).parent.parent)
+    assert Path(_stock_root) != Path(path).resolve(), 'the edited ms-swift hides the installed one, which is the oracle'
     sys.path.insert(0, str(Path(path).resolve()))
     # For processes that tests start.
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get('PYTHONPATH')]))

@@ -10,11 +10,12 @@ from swift_patch.upstream.change import TEST
 TESTS = Path(__file__).parent.parent
 
 
-def run(edited_copy, *command, cwd=None):
+def run(folder, *command, **environ):
     process = subprocess.run([sys.executable, *command],
-                             cwd=cwd or edited_copy,
+                             cwd=folder,
                              env={
-                                 **os.environ, 'PYTHONPATH': str(edited_copy)
+                                 **os.environ,
+                                 **environ
                              },
                              capture_output=True,
                              text=True)
@@ -22,27 +23,23 @@ def run(edited_copy, *command, cwd=None):
     return process.stdout + process.stderr
 
 
+def beside(edited_copy, code):
+    """Runs code where the edited ms-swift is the one that is imported, and returns what it prints."""
+    return run(edited_copy, '-c', code, PYTHONPATH=str(edited_copy))
+
+
 def test_the_test_that_it_adds_passes(edited_copy):
     # Where importing swift_patch fails, as where it is not installed.
     code = ("import sys, unittest; sys.modules['swift_patch'] = None; "
             f"unittest.main(module=None, argv=['unittest', {TEST!r}])")
-    assert 'OK' in run(edited_copy, '-c', code)
+    assert 'OK' in beside(edited_copy, code)
 
 
 # `make upstream-test` runs all of them.
 @pytest.mark.parametrize('tests', ['test_activation.py', 'test_growth.py', 'test_undo.py'])
 def test_the_suite_pointed_at_it_passes(edited_copy, tests):
-    printed = run(
-        edited_copy,
-        '-m',
-        'pytest',
-        '-q',
-        '-p',
-        'no:cacheprovider',
-        str(TESTS / 'weighted_adapter' / tests),
-        '--ms-swift',
-        str(edited_copy),
-        cwd=TESTS.parent)
+    printed = run(TESTS.parent, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'tests/weighted_adapter/{tests}',
+                  '--ms-swift', str(edited_copy))
     assert ' passed' in printed and 'failed' not in printed
 
 
@@ -73,19 +70,19 @@ print('stepped aside')
     'import swift_patch\nimport swift.tuners.weighted_adapter.composer\nimport swift.tuners.base',
 ])
 def test_the_plugin_steps_aside_whichever_is_imported_first(edited_copy, code):
-    assert 'stepped aside' in run(edited_copy, '-c', code + REPORT)
+    assert 'stepped aside' in beside(edited_copy, code + REPORT)
 
 
 def test_importing_the_plugin_beside_it_imports_nothing(edited_copy):
-    run(edited_copy, '-c', "import swift_patch, sys; assert not {'swift', 'torch', 'peft'} & set(sys.modules)")
+    beside(edited_copy, "import swift_patch, sys; assert not {'swift', 'torch', 'peft'} & set(sys.modules)")
 
 
 def test_peft_alone_is_patched_beside_it(edited_copy):
     code = 'import swift_patch, peft; peft.tuners.lora.LoraModel.update_weighted_adapter'
-    run(edited_copy, '-c', code)
+    beside(edited_copy, code)
 
 
 def test_there_is_no_stock_to_compare_with(edited_copy):
     code = ('import swift_patch.patching as p\ntry:\n    p.reverted().__enter__()\nexcept ValueError as e:\n'
             "    print('refused:', e)")
-    assert 'refused: The installed ms-swift has' in run(edited_copy, '-c', code)
+    assert 'refused: The installed ms-swift has' in beside(edited_copy, code)
