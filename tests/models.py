@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Conv1D, Qwen2Config, Qwen2ForCausalLM
 from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
+# Applies the patch, for all tests that build a model.
+import swift_patch  # noqa: F401
+
 SOURCES, WEIGHTS = ['l2', 'l0', 'l1'], [0.5, 0.2, 0.3]
 PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
