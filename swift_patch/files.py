@@ -27,6 +27,13 @@ def check_writable(path: Path) -> None:
             raise ValueError(f'Cannot write {path}: no permission to write to {existing}.')
 
 
+def check_replaceable(option: str, path: Path, overwrite: bool) -> None:
+    """Raises ValueError where the file of an option cannot be written, or exists and is not to be overwritten."""
+    check_writable(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f'--{option} {path} exists: give --overwrite to replace it, or another file.')
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Puts a file in place in one step, with the folders that it needs.
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from rich.console import Console
 
-from ..files import check_writable, write_whole
+from ..files import check_replaceable, write_whole
 from ..inference.adapters import parse_adapters
 from .arguments import (COMBINATION_TYPES, COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_combination,
                         add_model_group, given, number)
@@ -128,9 +128,7 @@ def _check_files(args: argparse.Namespace) -> None:
     for option in ('picture', 'json'):
         path = getattr(args, option)
         if path:
-            check_writable(path)
-            if path.exists() and not args.overwrite:
-                raise ValueError(f'--{option} {path} exists: give --overwrite to replace it, or another file.')
+            check_replaceable(option, path, args.overwrite)
     if args.picture and args.json and args.picture.resolve() == args.json.resolve():
         raise ValueError(f'--picture and --json are expected to be two files, found {args.json} twice.')
 

@@ -2,7 +2,6 @@
 import argparse
 import importlib
 import platform
-from importlib import metadata
 from pathlib import Path
 from rich.console import Console
 from rich.table import Table
@@ -59,11 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
 def versions() -> Dict[str, str]:
     """Returns the versions of Python and of the packages that matter here."""
-    return {'python': platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return 'not installed'
+    return {
+        'python': platform.python_version(),
+        **{
+            package: releases.installed(package) or 'not installed'
+            for package in _PACKAGES
+        }
+    }

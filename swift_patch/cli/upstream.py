@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..files import check_writable, write_whole
+from ..files import check_replaceable, write_whole
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -45,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
         for option in ('diff', 'pull_request'):
             path = getattr(args, option)
             if path:
-                check_writable(path)
-                if path.exists() and not args.overwrite:
-                    raise ValueError(f'--{option} {path} exists: give --overwrite to replace it, or another file.')
+                check_replaceable(option, path, args.overwrite)
         try:
             from ..upstream.change import change, write
             from ..upstream.pull_request import pull_request
