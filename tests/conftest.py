@@ -1,4 +1,5 @@
 """What all tests share. The environment comes first: it must be set before anything imports torch."""
+import logging
 import os
 
 # Small models are fastest on one thread, and what runs beside does not slow them down.
@@ -19,6 +20,19 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption('--ms-swift'):
         pointed.point_at(config.getoption('--ms-swift'))
+
+
+@pytest.fixture(autouse=True)
+def seen_by_pytest(request, caplog):
+    """Whatever an edited ms-swift logs, which ms-swift keeps from the handlers of others with each `get_logger`."""
+    if not request.config.getoption('--ms-swift'):
+        yield
+        return
+    logger = logging.getLogger(pointed.THEIRS)
+    logger.propagate = False
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(params=['swift', 'peft'])

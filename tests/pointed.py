@@ -5,7 +5,6 @@ oracle, is what the installed ms-swift says that was not edited.
 """
 import ast
 import importlib
-import logging
 import os
 import pkgutil
 import sys
@@ -43,8 +42,6 @@ def point_at(path: str) -> None:
     assert Path(package.__file__).is_relative_to(Path(path).resolve()), package.__file__
     for found in pkgutil.iter_modules(package.__path__):
         sys.modules[f'{OURS}.{found.name}'] = importlib.import_module(f'{THEIRS}.{found.name}')
-    # ms-swift keeps its messages from the handlers of others, pytest's among them.
-    logging.getLogger('swift').propagate = True
 
 
 @contextmanager
