@@ -13,15 +13,9 @@ nox.options.default_venv_backend = 'venv'
 nox.options.reuse_existing_virtualenvs = True
 
 TORCH = '2.13.0'
-# What pip would search for long: the newest that ms-swift 3 works with.
-OF_SWIFT_3 = {
-    'transformers': '4.57.6',
-    'trl': '0.24.0',
-    'datasets': '3.6.0',
-    'pandas': '2.3.3',
-    'gradio': '5.50.0',
-    'setuptools': '80.9.0'
-}
+# What pip would search for long: the newest that the datasets of older ms-swift works with, and that ms-swift 3 does.
+OF_DATASETS_3 = {'datasets': '3.6.0', 'pandas': '2.3.3', 'gradio': '5.50.0', 'setuptools': '80.9.0'}
+OF_SWIFT_3 = {'transformers': '4.57.6', 'trl': '0.24.0', **OF_DATASETS_3}
 # By name, the pins.
 ENVIRONMENTS: Dict[str, Dict[str, str]] = {
     'newest': {
@@ -33,6 +27,18 @@ ENVIRONMENTS: Dict[str, Dict[str, str]] = {
         'ms-swift': '4.6.0',
         'peft': '0.18.1',
         'transformers': '5.19.0'
+    },
+    'peft-19': {
+        'ms-swift': '4.5.3',
+        'peft': '0.19.1',
+        'transformers': '5.16.1'
+    },
+    'first-4': {
+        'ms-swift': '4.0.0',
+        'peft': '0.18.1',
+        'transformers': '5.2.0',
+        'trl': '0.28.0',
+        **OF_DATASETS_3
     },
     'last-3': {
         'ms-swift': '3.12.6',

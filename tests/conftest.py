@@ -8,6 +8,7 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 import pointed  # noqa: E402
 import pytest  # noqa: E402
+from unittest import mock  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -23,6 +24,13 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
+def environment():
+    """What commands and ms-swift set in the environment (LOG_LEVEL, for one) is gone after the test."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def seen_by_pytest(request, caplog):
     """Whatever an edited ms-swift logs, which ms-swift keeps from the handlers of others with each `get_logger`."""
     if not request.config.getoption('--ms-swift'):
@@ -30,6 +38,7 @@ def seen_by_pytest(request, caplog):
         return
     logger = logging.getLogger(pointed.THEIRS)
     logger.propagate = False
+    logger.setLevel(logging.WARNING)
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)

@@ -3,7 +3,7 @@ import os
 import pytest
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from swift_patch.upstream.change import TEST
 
@@ -31,8 +31,9 @@ def beside(edited_copy, code):
 def test_the_test_that_it_adds_passes(edited_copy):
     # Where importing swift_patch fails, as where it is not installed.
     code = ("import sys, unittest; sys.modules['swift_patch'] = None; "
-            f"unittest.main(module=None, argv=['unittest', {TEST!r}])")
-    assert 'OK' in beside(edited_copy, code)
+            f"unittest.main(module=None, argv=['unittest', 'discover', {str(PurePath(TEST).parent)!r}])")
+    printed = beside(edited_copy, code)
+    assert 'OK' in printed and 'Ran 0 tests' not in printed
 
 
 # `make upstream-test` runs all of them.
