@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := swift_patch tests benchmarks noxfile.py
 # Processes of pytest at a time.
 WORKERS ?= 2
-MATRIX ?= newest older-peft last-3 oldest
+MATRIX ?= newest older-peft peft-19 first-4 last-3 oldest
 
 .PHONY: demo test matrix upstream-test fuzz bench bench-gate figures lint format dist clean
 
@@ -17,8 +17,7 @@ test: $(VENV)/.installed
 
 # The same in an environment of its own for each pair of releases in noxfile.py, or for those in MATRIX; then the table.
 matrix: $(VENV)/.installed
-	$(BIN)/nox $(addprefix --session suite-,$(MATRIX)) -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
-	$(BIN)/nox --session table
+	$(BIN)/nox --session $(addprefix suite-,$(MATRIX)) table -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The tests of swift_patch/weighted_adapter on a copy of the installed ms-swift with the edit of `swift-patch upstream`.
 upstream-test: $(VENV)/.installed
@@ -50,6 +49,7 @@ lint: $(VENV)/.installed
 	$(BIN)/flake8 $(SOURCES)
 	$(BIN)/isort --check-only --diff $(SOURCES)
 	$(BIN)/yapf --diff --recursive $(SOURCES)
+	$(BIN)/double-quote-string-fixer $$(find $(SOURCES) -name '*.py')
 	$(BIN)/mypy
 
 format: $(VENV)/.installed

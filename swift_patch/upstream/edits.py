@@ -152,7 +152,8 @@ def _completed_update(path: str, module: Module) -> Module:
         last.with_changes(comma=between),
         more.with_changes(comma=last.comma if is_multiline else cst.MaybeSentinel.DEFAULT)
     ]
-    return _replaced(module, call, call.with_changes(args=arguments))
+    module = _replaced(module, call, call.with_changes(args=arguments))
+    return _inserted('LoraModel._create_and_replace', f'from .{PACKAGE}.compat import layer_arguments\n')(path, module)
 
 
 def _find(path: str, holder: Any, name: str) -> Any:
@@ -215,7 +216,6 @@ def _edits() -> Dict[str, List[Callable[[str, Module], Module]]]:
         _inserted(
             'LoraModel._create_new_module', f'from .{PACKAGE}.compat import layer_arguments\n'
             'kwargs = {**layer_arguments(_Embedding.__init__, lora_config), **kwargs}\n'),
-        _inserted('LoraModel._create_and_replace', f'from .{PACKAGE}.compat import layer_arguments\n'),
         _completed_update,
     ]
     return found

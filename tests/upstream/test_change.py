@@ -69,6 +69,30 @@ def test_linters_with_the_settings_of_ms_swift_find_nothing_new(repo, stock_copy
     assert found('swift/tuners/weighted_adapter', TEST) == ''
 
 
+def test_strings_are_in_single_quotes(repo):
+
+    def fix():
+        files = [str(path) for path in repo.rglob('*.py')]
+        command = [sys.executable, '-m', 'pre_commit_hooks.string_fixer', *files]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    fix()  # What ms-swift itself has in double quotes.
+    main(['upstream', '--repo', str(repo)])
+    process = fix()
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_an_ms_swift_that_gives_the_config_to_layers_itself_is_left_to_it(repo):
+    path = repo / 'swift/tuners/lora_layers.py'
+    stock = path.read_text()
+    given = stock.replace('use_dora=lora_config.use_dora,\n            )', 'config=lora_config,\n            )')
+    assert given != stock
+    path.write_text(given)
+    main(['upstream', '--repo', str(repo)])
+    update = path.read_text().partition('def _create_and_replace')[2].partition('    def ')[0]
+    assert 'config=lora_config' in update and 'layer_arguments' not in update
+
+
 def test_nothing_of_the_change_names_the_plugin(repo):
     for item in change(repo):
         assert 'swift_patch' not in item.new and 'swift-patch' not in item.new, item.path
