@@ -15,12 +15,12 @@ from types import ModuleType
 from typing import Any, Dict, Iterator, Tuple
 
 OURS, THEIRS = 'swift_patch.weighted_adapter', 'swift.tuners.weighted_adapter'
-# What the edit changed and stock had, by module and class.
+# What the edit changed or added, by module and class.
 EDITED = {
-    ('swift.tuners.base', 'SwiftModel'): ['add_weighted_adapter', 'set_active_adapters'],
+    ('swift.tuners.base', 'SwiftModel'): ['add_weighted_adapter', 'set_active_adapters', 'update_weighted_adapter'],
     ('swift.tuners.lora', 'LoRA'): ['activate_adapter'],
     ('swift.tuners.utils', 'SwiftAdapter'): ['offload'],
-    ('peft.tuners.lora.model', 'LoraModel'): ['add_weighted_adapter'],
+    ('peft.tuners.lora.model', 'LoraModel'): ['add_weighted_adapter', 'update_weighted_adapter'],
 }
 # The folder of packages in which stock is; set by `point_at`.
 _stock_root: str = ''
@@ -57,7 +57,11 @@ def stock() -> Iterator[None]:
         owner = getattr(importlib.import_module(module), class_name)
         for name in names:
             edited.append((owner, name, vars(owner)[name]))
-            setattr(owner, name, _stock_function(module, class_name, name))
+            function = _stock_function(module, class_name, name)
+            if function is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)
     try:
         yield
     finally:
@@ -69,13 +73,13 @@ _functions: Dict[Tuple[str, str, str], Any] = {}
 
 
 def _stock_function(module: str, class_name: str, name: str) -> Any:
-    """Returns a function of stock that finds its names in the edited module."""
+    """Returns a function of stock that finds its names in the edited module; None where stock has none."""
     key = module, class_name, name
     if key not in _functions:
         path = Path(_stock_root, *module.split('.')).with_suffix('.py')
         [class_def] = [node for node in ast.parse(path.read_text()).body if getattr(node, 'name', '') == class_name]
-        [function] = [node for node in class_def.body if getattr(node, 'name', '') == name]
+        functions = [node for node in class_def.body if getattr(node, 'name', '') == name]
         scope: Dict[str, Any] = {}
-        exec(compile(ast.Module([function], []), str(path), 'exec'), vars(importlib.import_module(module)), scope)
-        _functions[key] = scope[name]
+        exec(compile(ast.Module(functions, []), str(path), 'exec'), vars(importlib.import_module(module)), scope)
+        _functions[key] = scope.get(name)
     return _functions[key]
