@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := swift_patch tests benchmarks noxfile.py
 # Processes of pytest at a time.
 WORKERS ?= 2
-MATRIX ?= newest older-peft peft-19 first-4 last-3 oldest
+MATRIX ?= newest python-3.10 python-3.12 older-peft peft-19 first-4 last-3 oldest
 
 .PHONY: demo test matrix upstream-test fuzz bench bench-gate figures lint format dist clean
 

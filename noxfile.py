@@ -1,7 +1,7 @@
 """The suite with the releases that the README's table lists: `make matrix`, or `nox -s suite-oldest` for one of them.
 
-Each session makes an environment of its own, of the Python that runs nox, and runs the tests in it; `table` prints as
-Markdown what they found.
+Each session makes an environment of its own and runs the tests in it; `table` prints as Markdown what they found. A
+Python that is not on the machine is left out.
 """
 import json
 import nox
@@ -16,13 +16,14 @@ TORCH = '2.13.0'
 # What pip would search for long: the newest that the datasets of older ms-swift works with, and that ms-swift 3 does.
 OF_DATASETS_3 = {'datasets': '3.6.0', 'pandas': '2.3.3', 'gradio': '5.50.0', 'setuptools': '80.9.0'}
 OF_SWIFT_3 = {'transformers': '4.57.6', 'trl': '0.24.0', **OF_DATASETS_3}
+NEWEST = {'ms-swift': '4.6.0', 'peft': '0.20.0', 'transformers': '5.19.0'}
+# By name, the Python, where it is not to be the one that runs nox.
+PYTHONS = {'python-3.10': '3.10', 'python-3.12': '3.12'}
 # By name, the pins.
 ENVIRONMENTS: Dict[str, Dict[str, str]] = {
-    'newest': {
-        'ms-swift': '4.6.0',
-        'peft': '0.20.0',
-        'transformers': '5.19.0'
-    },
+    'newest': NEWEST,
+    'python-3.10': NEWEST,
+    'python-3.12': NEWEST,
     'older-peft': {
         'ms-swift': '4.6.0',
         'peft': '0.18.1',
@@ -57,7 +58,7 @@ RESULTS = Path('.nox') / 'results'
 def add_session(name: str, pins: Dict[str, str]) -> None:
     """Adds the session of one environment."""
 
-    @nox.session(name=f'suite-{name}')
+    @nox.session(name=f'suite-{name}', python=PYTHONS.get(name))
     def suite(session: nox.Session) -> None:
         """Runs the suite with one pair of releases; what is given after `--` goes to pytest."""
         versions = {'torch': TORCH, **pins}
@@ -85,8 +86,8 @@ for environment, environment_pins in ENVIRONMENTS.items():
 @nox.session(venv_backend='none')
 def table(session: nox.Session) -> None:
     """Prints the table of the README: what the sessions found when they last ran."""
-    print('| ms-swift | peft | transformers | Python | passed | skipped | failed |')
-    print('| --- | --- | --- | --- | ---: | ---: | ---: |')
+    print('| | ms-swift | peft | transformers | Python | passed | skipped | failed |')
+    print('| --- | --- | --- | --- | --- | ---: | ---: | ---: |')
     for name in ENVIRONMENTS:
         path = RESULTS / f'{name}.json'
         if not path.exists():
@@ -95,7 +96,7 @@ def table(session: nox.Session) -> None:
         found = json.loads(path.read_text())
         failed = found['failures'] + found['errors']
         cells = [
-            *(found[key] for key in ('ms-swift', 'peft', 'transformers', 'python')),
+            f'`{name}`', *(found[key] for key in ('ms-swift', 'peft', 'transformers', 'python')),
             found['tests'] - failed - found['skipped'], found['skipped'], failed
         ]
         print('| ' + ' | '.join(map(str, cells)) + ' |')

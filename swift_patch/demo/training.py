@@ -154,6 +154,8 @@ def train_adapter(model_dir: Union[str, Path],
                 # or the optimizer's state on disk. The model check asks the hub.
                 gradient_checkpointing=False,
                 dataloader_num_workers=0,
+                # ms-swift 4.5 would ask PyTorch to keep the workers that there are none of, which it refuses.
+                dataloader_persistent_workers=False,
                 save_strategy='steps',
                 save_steps=steps,
                 save_only_model=True,
