@@ -61,13 +61,14 @@ def add_session(name: str, pins: Dict[str, str]) -> None:
     @nox.session(name=f'suite-{name}', python=PYTHONS.get(name))
     def suite(session: nox.Session) -> None:
         """Runs the suite with one pair of releases; what is given after `--` goes to pytest."""
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        report, result = RESULTS.resolve() / f'{name}.xml', RESULTS / f'{name}.json'
+        for of_before in (report, result):
+            of_before.unlink(missing_ok=True)
         versions = {'torch': TORCH, **pins}
         constraints = Path(session.create_tmp()) / 'constraints.txt'
         constraints.write_text(''.join(f'{package}=={version}\n' for package, version in versions.items()))
         session.install('--constraint', str(constraints), '--editable', '.[test,upstream]')
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        report = RESULTS.resolve() / f'{name}.xml'
-        report.unlink(missing_ok=True)
         try:
             session.run('python', '-m', 'pytest', f'--junitxml={report}', *session.posargs)
         finally:
@@ -76,7 +77,7 @@ def add_session(name: str, pins: Dict[str, str]) -> None:
                 counts = xml.etree.ElementTree.parse(report).getroot()[0].attrib
                 found = {key: int(counts[key]) for key in ('tests', 'failures', 'errors', 'skipped')}
                 line = {'python': str(python).strip(), **versions, **found}
-                (RESULTS / f'{name}.json').write_text(json.dumps(line, indent=2))
+                result.write_text(json.dumps(line, indent=2))
 
 
 for environment, environment_pins in ENVIRONMENTS.items():

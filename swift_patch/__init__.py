@@ -21,8 +21,9 @@ def __getattr__(name: str) -> Any:
     if name in ('FusionComposer', 'compile_merging'):
         reason = unsupported()
         if reason is not None:
-            # Importing them would fail in some way of its own, or they would not work.
-            raise RuntimeError(reason)
+            # Importing them would fail in some way of its own, or they would not work. An AttributeError would lose the
+            # reason in `from swift_patch import FusionComposer`.
+            raise ImportError(reason)
     if name == 'FusionComposer':
         from .weighted_adapter.composer import FusionComposer
         return FusionComposer

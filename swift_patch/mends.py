@@ -6,7 +6,7 @@ The edit that `swift-patch upstream` makes has the same mends in the places them
 from contextlib import contextmanager
 from functools import partial, wraps
 from peft.tuners.lora import Embedding, LoraConfig, LoraLayer
-from torch import nn
+from torch import nn, random
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, Optional
 
@@ -18,8 +18,7 @@ def create_new_module(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Needed by ms-swift up to 4.6 with PEFT 0.19 and later; `original` itself is returned where it is not.
     """
-    demanded = layer_arguments(Embedding.__init__, LoraConfig())
-    if not demanded:
+    if not layer_arguments(Embedding.__init__, LoraConfig()) or _makes_layers(original):
         return original
 
     @wraps(original)
@@ -30,6 +29,21 @@ def create_new_module(original: Callable[..., Any]) -> Callable[..., Any]:
         })
 
     return create
+
+
+def _makes_layers(create_new_module: Callable[..., Any]) -> bool:
+    """Whether ms-swift itself gives all that the installed PEFT demands, as a later release may. Tried, not guessed."""
+    from swift.tuners.lora import LoRAConfig
+    arguments = dict.fromkeys(
+        ('fan_in_fan_out', 'init_lora_weights', 'use_rslora', 'use_dora', 'loaded_in_8bit', 'loaded_in_4bit'), False)
+    # Nobody's random numbers change by an import.
+    with random.fork_rng(devices=[]):
+        try:
+            create_new_module(
+                LoRAConfig(), 'a', nn.Linear(1, 1), current_key='a', r=1, lora_alpha=1, lora_dropout=0.0, **arguments)
+        except Exception:
+            return False
+    return True
 
 
 def create_and_replace(original: Callable[..., Any]) -> Callable[..., Any]:

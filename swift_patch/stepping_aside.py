@@ -20,8 +20,12 @@ def ms_swift_has_it() -> bool:
         spec = find_spec('swift')
     except ValueError:  # a `swift` that was put into sys.modules by hand
         return False
-    folders = spec.submodule_search_locations if spec else None
-    return any(Path(folder, 'tuners', 'weighted_adapter', 'weighted.py').is_file() for folder in folders or ())
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        ours, caller = (Path(folder, 'tuners', name) for name in ('weighted_adapter/weighted.py', 'base.py'))
+        # A checkout that went back to another branch may have the folder left, with nothing that calls it.
+        if ours.is_file() and caller.is_file() and b'.weighted_adapter' in caller.read_bytes():
+            return True
+    return False
 
 
 class _Alias(MetaPathFinder, Loader):

@@ -3,12 +3,13 @@ import inspect
 import pytest
 import torch
 from models import AllKinds, inputs, loras, outputs, swift_model
-from peft.tuners.lora import Embedding, LoraConfig
+from peft.tuners.lora import Embedding, Linear, LoraConfig
 from swift.tuners import SwiftModel
+from swift.tuners.lora_layers import LoraModel
 from types import SimpleNamespace
 
-from swift_patch import mends
-from swift_patch.weighted_adapter.compat import layer_arguments
+from swift_patch import mends, patching
+from swift_patch.weighted_adapter.compat import layer_arguments, load_embeddings
 
 TARGETS = ['embedding', 'linear', 'fan', 'conv2', 'point', 'grouped']
 
@@ -54,6 +55,27 @@ def test_a_lora_that_is_loaded_under_another_name_has_its_embedding(tmp_path):
     assert inputs().shape == outputs(loaded).shape[:1] + inputs().shape[1:]
 
 
+@pytest.mark.parametrize('prefix', ['', 'base_model.model.'])
+@pytest.mark.parametrize('suffix', ['', '.l0'])
+def test_the_embeddings_of_a_checkpoint_are_loaded_in_either_format(prefix, suffix):
+    model = swift_model(loras(1, target_modules=['embedding']), AllKinds())
+    layer = model.embedding
+    new = {
+        side: torch.rand_like(held['l0'])
+        for side, held in (('A', layer.lora_embedding_A), ('B', layer.lora_embedding_B))
+    }
+    model.load_state_dict({f'{prefix}embedding.lora_embedding_{side}{suffix}': new[side]
+                           for side in new},
+                          adapter_name='l0')
+    assert torch.equal(layer.lora_embedding_A['l0'], new['A']) and torch.equal(layer.lora_embedding_B['l0'], new['B'])
+
+
+def test_what_there_is_no_embedding_for_is_left_for_ms_swift_to_tell():
+    model = swift_model(loras(1, target_modules=['embedding']), AllKinds())
+    state_dict = {'elsewhere.lora_embedding_A.l0': torch.zeros(1), 'linear.lora_A.l0.weight': torch.zeros(1)}
+    assert load_embeddings(model.base_model, state_dict, 'l0') == state_dict
+
+
 def test_nothing_is_given_that_peft_does_not_demand():
     assert layer_arguments(lambda self, adapter_name, r: None, LoraConfig()) == {}
     assert layer_arguments(lambda self, lora_bias=False, config=None: None, LoraConfig()) == {}
@@ -74,17 +96,50 @@ def test_all_that_peft_demands_is_given():
         assert demanded - given == set(layer_arguments(method, config))
 
 
-def test_an_ms_swift_that_gives_the_config_itself_is_left_to_it():
+def stock_create_new_module():
+    """What ms-swift has itself, whether it is mended or not."""
+    [patch] = [patch for patch in patching.PATCHES if patch.source == 'mends:create_new_module']
+    return inspect.unwrap(vars(LoraModel)[patch.target.split('.')[1]].__func__)
+
+
+def given_by_the_caller(*args, **kwargs):
+    return stock_create_new_module()(*args, **{'config': args[0], **kwargs})
+
+
+def given_to_the_layer(lora_config, adapter_name, target, current_key, **kwargs):
+    for name in ('fan_in_fan_out', 'loaded_in_8bit', 'loaded_in_4bit'):
+        kwargs.pop(name)
+    return Linear(target, adapter_name, config=lora_config, **kwargs)
+
+
+needs_mending = pytest.mark.skipif(
+    not layer_arguments(Embedding.__init__, LoraConfig()), reason='this release of PEFT demands nothing more')
+
+
+@needs_mending
+@pytest.mark.parametrize('original', [given_by_the_caller, given_to_the_layer])
+def test_an_ms_swift_that_gives_the_config_itself_is_left_alone(original):
+    assert mends.create_new_module(original) is original
+
+
+@needs_mending
+def test_an_ms_swift_that_does_not_is_mended_and_no_random_number_is_used():
+    before = torch.random.get_rng_state()
+    assert mends.create_new_module(stock_create_new_module()) is not stock_create_new_module()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@needs_mending
+def test_a_config_that_is_given_besides_goes_before_the_mended_one():
     seen = []
 
     def original(lora_config, adapter_name, target, **kwargs):
         seen.append(kwargs)
+        raise TypeError
 
-    created = mends.create_new_module(original)
-    if created is original:
-        pytest.skip('this release of PEFT demands nothing more')
-    created(LoraConfig(), 'l0', None, config='its own')
-    assert seen == [{'config': 'its own'}]
+    with pytest.raises(TypeError):
+        mends.create_new_module(original)(LoraConfig(), 'l0', None, config='its own')
+    assert seen[-1] == {'config': 'its own'}
 
 
 def test_an_ms_swift_that_loads_embeddings_is_left_alone():

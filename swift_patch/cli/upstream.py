@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
             path = getattr(args, option)
             if path:
                 check_replaceable(option, path, args.overwrite)
+        if args.diff and args.pull_request and args.diff.resolve() == args.pull_request.resolve():
+            raise ValueError(f'--diff and --pull_request are both {args.diff}: give two files.')
         try:
             from ..upstream.change import change, write
             from ..upstream.pull_request import pull_request

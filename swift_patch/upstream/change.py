@@ -1,15 +1,14 @@
 """The whole change: edits of ms-swift's modules, the new package, a test, the documentation, and a diff of all that."""
 import difflib
-import inspect
 import isort
 from functools import lru_cache
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 from yapf.yapflib.yapf_api import FormatCode
 
-from .. import weighted_adapter
+from ..files import check_writable, told_as
 from .documentation import documented
-from .edits import EDITS, PACKAGE, YAPF_STYLE, UnexpectedCode, edited
+from .edits import EDITS, PACKAGE, SOURCES, YAPF_STYLE, UnexpectedCode, edited
 
 _FILES = Path(__file__).with_name('files')
 _LICENCE = '# Copyright (c) ModelScope Contributors. All rights reserved.\n'
@@ -74,7 +73,7 @@ def change(repo: Path) -> List[FileChange]:
             raise UnexpectedCode(f'{path} is expected in {repo}, but is not there. Is this a release of ms-swift that '
                                  'swift_patch supports?')
         files[path] = edited(path, _read(repo / path))
-    for module in sorted(Path(inspect.getfile(weighted_adapter)).parent.glob('*.py')):
+    for module in sorted(SOURCES.glob('*.py')):
         files[f'swift/tuners/{PACKAGE}/{module.name}'] = _styled(_LICENCE + _read(module))
     files[TEST] = _styled(_LICENCE + _read(_FILES / 'test_weighted_adapter.py'))
     files.update(documented(repo, _FILES))
@@ -85,11 +84,30 @@ def change(repo: Path) -> List[FileChange]:
 
 
 def write(repo: Path, changes: List[FileChange]) -> None:
-    """Makes the changes in a checkout."""
-    for item in changes:
-        if item.old != item.new:
-            (repo / item.path).parent.mkdir(parents=True, exist_ok=True)
-            (repo / item.path).write_bytes(item.new.encode())
+    """Makes the changes in a checkout.
+
+    Raises:
+        ValueError: one of the files cannot be written. All of them are as they were.
+    """
+    changed = [item for item in changes if item.old != item.new]
+    for item in changed:
+        check_writable(repo / item.path)
+    begun = []
+    try:
+        for item in changed:
+            path = repo / item.path
+            with told_as(f'Cannot write {path}'):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                begun.append(item)
+                path.write_bytes(item.new.encode())
+    except BaseException:
+        for item in begun:
+            path = repo / item.path
+            if item.old is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(item.old.encode())
+        raise
 
 
 @lru_cache(maxsize=None)

@@ -3,18 +3,18 @@
 Each method that the import replaces becomes a call of the function that takes its place; what `mends` wraps around a
 method is put into it. Whatever an edit would add and finds already there, it leaves alone.
 """
-import importlib
-import inspect
 import libcst as cst
 import libcst.matchers as m
 import textwrap
 from libcst import FunctionDef, Module
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 from yapf.yapflib.yapf_api import FormatCode
 
 from ..patching import PATCHES, Patch
 
 PACKAGE = 'weighted_adapter'
+SOURCES = Path(__file__).parents[1] / PACKAGE
 YAPF_STYLE = ('{based_on_style: pep8, column_limit: 120, blank_line_before_nested_class_or_def: true, '
               'split_before_expression_after_opening_paren: true, split_before_arithmetic_operator: true}')
 # After which method a new one comes.
@@ -48,8 +48,9 @@ def _delegate(patch: Patch) -> Callable[[str, Module], Module]:
     """Makes a method of ms-swift call the function that the import puts in its place."""
     source, function_name = patch.source.split(':')
     class_name, method_name = patch.target.split('.')
-    function = getattr(importlib.import_module(f'swift_patch.{source}'), function_name)
-    parameters = list(inspect.signature(function).parameters)
+    # Read, not imported: where the installed ms-swift has the functions, the import gives those.
+    function = _find(source, cst.parse_module((SOURCES / f'{source.split(".")[1]}.py').read_text()), function_name)
+    parameters = _parameters(function)
 
     def edit(path: str, module: Module) -> Module:
         new = _method(method_name, function, source)
@@ -57,7 +58,7 @@ def _delegate(patch: Patch) -> Callable[[str, Module], Module]:
         if not _has(class_def, method_name):
             return _replaced(module, class_def, _with_new(path, class_def, new))
         old = _find(path, class_def, method_name)
-        found = [parameter.name.value for parameter in old.params.params]
+        found = _parameters(old)
         if found != parameters:
             raise UnexpectedCode(f'{path}: {patch.target} is expected to take {parameters}, found {found}.')
         return _replaced(module, old, old.with_changes(body=new.body))
@@ -65,25 +66,34 @@ def _delegate(patch: Patch) -> Callable[[str, Module], Module]:
     return edit
 
 
-def _method(name: str, function: Callable[..., Any], source: str) -> FunctionDef:
+def _parameters(function: FunctionDef) -> List[str]:
+    """Returns the names of all parameters as they are written, with the stars."""
+    params = function.params
+    starred = [('*', params.star_arg), ('**', params.star_kwarg)]
+    return [
+        *(parameter.name.value for parameter in (*params.posonly_params, *params.params, *params.kwonly_params)),
+        *(f'{star}{parameter.name.value}' for star, parameter in starred if isinstance(parameter, cst.Param))
+    ]
+
+
+def _method(name: str, function: FunctionDef, source: str) -> FunctionDef:
     """Returns a method of the signature and the docstring of `function`, that calls it."""
-    definition: Any = cst.parse_module(inspect.getsource(function)).body[-1]
     parameters = [
         # As ms-swift writes it.
         parameter.with_changes(annotation=None) if parameter.name.value == 'self' else parameter
-        for parameter in definition.params.params
+        for parameter in function.params.params
     ]
-    docstring = '\n'.join(f'        {line}' if line else '' for line in (inspect.getdoc(function) or '').splitlines())
+    docstring = '\n'.join(f'        {line}' if line else '' for line in str(function.get_docstring()).splitlines())
     header = Module([]).code_for_node(
-        definition.with_changes(
+        function.with_changes(
             name=cst.Name(name),
-            params=definition.params.with_changes(params=parameters),
+            params=function.params.with_changes(params=parameters),
             body=cst.SimpleStatementSuite([cst.Pass()]),
             leading_lines=[]))
     header = header[:header.rindex(':') + 1].replace('\n', '\n    ')
     arguments = ', '.join(parameter.name.value for parameter in parameters)
     text = (f'class _:\n\n    {header}\n        """{docstring.lstrip()}\n        """\n'
-            f'        from .{source} import {function.__name__}\n        {function.__name__}({arguments})\n')
+            f'        from .{source} import {function.name.value}\n        {function.name.value}({arguments})\n')
     formatted, _ = FormatCode(text, style_config=YAPF_STYLE)
     class_def: Any = cst.parse_module(formatted).body[0]
     return cst.ensure_type(class_def.body.body[0], FunctionDef)
@@ -117,6 +127,8 @@ def _inserted(target: str, text: str) -> Callable[[str, Module], Module]:
             return module
         body = list(function.body.body)
         if not class_names:
+            if m.findall(body[-1], m.Return()):
+                raise UnexpectedCode(f'{path}: {name} is expected to end without returning, found a return there.')
             body += new
         else:
             first = 1 if function.get_docstring() is not None else 0
@@ -131,6 +143,18 @@ def _inserted(target: str, text: str) -> Callable[[str, Module], Module]:
     return edit
 
 
+def _completed_creation(path: str, module: Module) -> Module:
+    """Gives a new LoRA layer what the installed PEFT demands, unless the checkout gives it the config itself."""
+    with_config = m.Call(args=[m.ZeroOrMore(), m.Arg(keyword=m.Name('config')), m.ZeroOrMore()])
+    for function in m.findall(module, m.FunctionDef()):
+        name = cst.ensure_type(function, FunctionDef).name.value
+        if (name.startswith('dispatch') or name == '_create_new_module') and m.findall(function, with_config):
+            return module
+    return _inserted(
+        'LoraModel._create_new_module', f'from .{PACKAGE}.compat import layer_arguments\n'
+        'kwargs = {**layer_arguments(_Embedding.__init__, lora_config), **kwargs}\n')(path, module)
+
+
 def _completed_update(path: str, module: Module) -> Module:
     """Gives `update_layer` of a LoRA layer what the installed PEFT demands."""
     class_def = _find(path, module, 'LoraModel')
@@ -140,9 +164,14 @@ def _completed_update(path: str, module: Module) -> Module:
         raise UnexpectedCode(f'{path}: LoraModel._create_and_replace is expected to call target.update_layer once, '
                              f'found {len(calls)} calls.')
     [call] = calls
+    if len(call.args) < 2:
+        raise UnexpectedCode(
+            f'{path}: target.update_layer is expected to be given the name and the rank at least, found '
+            f'{len(call.args)} arguments.')
     more: Any = cst.parse_expression('f(**layer_arguments(target.update_layer, lora_config))')
     more = more.args[0]
-    if any(argument.star == '**' or m.matches(argument, m.Arg(keyword=m.Name('config'))) for argument in call.args):
+    if any('layer_arguments(' in _code(argument) or m.matches(argument, m.Arg(keyword=m.Name('config')))
+           for argument in call.args):
         return module
     last = call.args[-1]
     is_multiline = isinstance(last.comma, cst.Comma)
@@ -213,9 +242,7 @@ def _edits() -> Dict[str, List[Callable[[str, Module], Module]]]:
             f'    from .{PACKAGE}.compat import load_embeddings\n'
             '    state_dict = load_embeddings(self.base_model, state_dict, adapter_name)\n'))
     found['swift/tuners/lora_layers.py'] = [
-        _inserted(
-            'LoraModel._create_new_module', f'from .{PACKAGE}.compat import layer_arguments\n'
-            'kwargs = {**layer_arguments(_Embedding.__init__, lora_config), **kwargs}\n'),
+        _completed_creation,
         _completed_update,
     ]
     return found

@@ -6,6 +6,9 @@ from torch import nn, no_grad
 from types import SimpleNamespace
 from typing import Any, Callable, Dict
 
+# Before the names in a checkpoint of PEFT.
+_PEFT_PREFIX = 'base_model.model.'
+
 
 @lru_cache(maxsize=None)
 def sign_on_both_factors() -> bool:
@@ -39,8 +42,18 @@ def layer_arguments(method: Callable[..., Any], config: LoraConfig) -> Dict[str,
 
 
 def load_embeddings(model: nn.Module, state_dict: Dict[str, Any], adapter_name: str) -> Dict[str, Any]:
-    """Loads what a checkpoint of ms-swift has for the LoRA of embeddings, and returns the rest of it."""
-    ends = tuple(f'lora_embedding_{side}.{adapter_name}' for side in 'AB')
-    embeddings = {key: value for key, value in state_dict.items() if key.endswith(ends)}
-    model.load_state_dict(embeddings, strict=False)
-    return {key: value for key, value in state_dict.items() if key not in embeddings}
+    """Loads what a checkpoint has for the LoRA of embeddings, in ms-swift's format or in PEFT's.
+
+    Returns:
+        The rest of it, with what there is no embedding for in the model.
+    """
+    places = {}
+    for key in state_dict:
+        place = key[len(_PEFT_PREFIX):] if key.startswith(_PEFT_PREFIX) else key
+        if place.endswith(('lora_embedding_A', 'lora_embedding_B')):
+            place = f'{place}.{adapter_name}'
+        if place.endswith((f'lora_embedding_A.{adapter_name}', f'lora_embedding_B.{adapter_name}')):
+            places[key] = place
+    found = model.load_state_dict({place: state_dict[key] for key, place in places.items()}, strict=False)
+    unplaced = set(found.unexpected_keys)
+    return {key: value for key, value in state_dict.items() if key not in places or places[key] in unplaced}
