@@ -1,7 +1,9 @@
 """The edit of a checkout, and the diff of it."""
+import errno
 import pytest
 import subprocess
 import sys
+from pathlib import Path
 from upstream_checkout import PAGE, add_docs, git
 
 from swift_patch.cli import main
@@ -36,6 +38,27 @@ def test_the_second_time_changes_nothing(repo, capsys):
     before = contents(repo)
     assert main(['upstream', '--repo', str(repo)]) == 0
     assert contents(repo) == before and 'nothing was changed' in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_leaves_all_as_they_were(repo, capsys):
+    (repo / 'tests').write_text('a file')
+    before = contents(repo)
+    assert main(['upstream', '--repo', str(repo)]) == 2
+    assert contents(repo) == before and 'Cannot write' in capsys.readouterr().err
+
+
+def test_a_failure_half_way_leaves_all_as_they_were(repo, capsys, monkeypatch):
+    before, write_bytes = contents(repo), Path.write_bytes
+
+    def full_disk(path, data):
+        if path.name == 'weighted.py':
+            write_bytes(path, data[:10])
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, 'write_bytes', full_disk)
+    assert main(['upstream', '--repo', str(repo)]) == 2
+    assert contents(repo) == before and 'No space left' in capsys.readouterr().err
 
 
 def test_the_diff_applies_and_gives_what_the_edit_gives(repo, tmp_path):
@@ -82,15 +105,20 @@ def test_strings_are_in_single_quotes(repo):
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_an_ms_swift_that_gives_the_config_to_layers_itself_is_left_to_it(repo):
+@pytest.mark.parametrize('old, new, left_alone', [
+    ('use_dora=lora_config.use_dora,\n            )', 'config=lora_config,\n            )', '_create_and_replace'),
+    ('new_module = Linear(target, adapter_name, module_key=module_key',
+     'new_module = Linear(target, adapter_name, config=lora_config, module_key=module_key', '_create_new_module'),
+])
+def test_an_ms_swift_that_gives_the_config_to_layers_itself_is_left_to_it(repo, old, new, left_alone):
     path = repo / 'swift/tuners/lora_layers.py'
     stock = path.read_text()
-    given = stock.replace('use_dora=lora_config.use_dora,\n            )', 'config=lora_config,\n            )')
-    assert given != stock
-    path.write_text(given)
+    assert old in stock
+    path.write_text(stock.replace(old, new))
     main(['upstream', '--repo', str(repo)])
-    update = path.read_text().partition('def _create_and_replace')[2].partition('    def ')[0]
-    assert 'config=lora_config' in update and 'layer_arguments' not in update
+    for name in ('_create_and_replace', '_create_new_module'):
+        method = path.read_text().partition(f'def {name}')[2].partition('    def ')[0]
+        assert ('layer_arguments' not in method) == (name == left_alone)
 
 
 def test_nothing_of_the_change_names_the_plugin(repo):
@@ -122,7 +150,13 @@ def test_the_entry_comes_after_that_of_add_weighted_adapter_whatever_the_page_is
      'is expected to take'),
     ('swift/tuners/lora.py', 'def activate_adapter(', 'def switch_adapter(', 'add_weighted_adapter|activate_adapter'),
     ('swift/tuners/lora_layers.py', 'target.update_layer(', 'target.renew_layer(', 'call target.update_layer once'),
+    ('swift/tuners/base.py', 'adapter_names: Union[List[str], str], offload: str = None)',
+     'adapter_names: Union[List[str], str], offload: str = None, *, quiet=False, **more)', 'found .*quiet.*more'),
+    ('swift/tuners/lora_layers.py', 'target.update_layer(', 'target.update_layer(*_) if True else print(',
+     'the name and the rank'),
     ('swift/tuners/peft.py', 'def hot_patch_peft_module', 'def patch_peft_module', 'hot_patch_peft_module'),
+    ('swift/tuners/peft.py', '    RankAllocator.mask_to_budget = adalora_mask_to_budget\n',
+     '    RankAllocator.mask_to_budget = adalora_mask_to_budget\n    return True\n', 'without returning'),
     ('swift/tuners/utils.py', 'class SwiftAdapter', 'class (', 'cannot be parsed'),
     ('docs/source_en/Instruction/Use-tuners.md', 'add_weighted_adapter', 'merge', 'docs/source_en'),
 ])
@@ -149,6 +183,12 @@ def test_an_existing_file_is_not_replaced_unless_asked(repo, tmp_path, capsys):
     assert main(['upstream', '--repo', str(repo), '--diff', str(diff)]) == 2
     assert diff.read_text() == 'mine' and '--overwrite' in capsys.readouterr().err
     assert main(['upstream', '--repo', str(repo), '--diff', str(diff), '--overwrite']) == 0
+
+
+def test_one_file_is_not_written_twice(repo, tmp_path, capsys):
+    both = str(tmp_path / 'both')
+    assert main(['upstream', '--repo', str(repo), '--diff', both, '--pull_request', both]) == 2
+    assert 'give two files' in capsys.readouterr().err and not (tmp_path / 'both').exists()
 
 
 def test_the_text_of_the_pull_request_has_the_figures(repo, tmp_path):

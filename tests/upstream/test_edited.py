@@ -1,6 +1,7 @@
 """An ms-swift with the edit, without swift_patch and beside it."""
 import os
 import pytest
+import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePath
@@ -42,6 +43,23 @@ def test_the_suite_pointed_at_it_passes(edited_copy, tests):
     printed = run(TESTS.parent, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'tests/weighted_adapter/{tests}',
                   '--ms-swift', str(edited_copy))
     assert ' passed' in printed and 'failed' not in printed
+
+
+def test_where_it_is_installed_the_edit_still_changes_nothing_more(edited_copy):
+    code = f"from swift_patch.cli import main; main(['upstream', '--repo', {str(edited_copy)!r}])"
+    assert 'nothing was changed' in beside(edited_copy, code)
+
+
+def test_a_folder_that_another_branch_left_is_no_edit(edited_copy, tmp_path):
+    from swift_patch.stepping_aside import ms_swift_has_it
+    left = tmp_path / 'swift' / 'tuners' / 'weighted_adapter'
+    shutil.copytree(edited_copy / 'swift' / 'tuners' / 'weighted_adapter', left)
+    for folder in (left.parent.parent, left.parent):
+        (folder / '__init__.py').touch()
+    (left.parent / 'base.py').write_text('class SwiftModel:\n    pass\n')
+    code = f'from {ms_swift_has_it.__module__} import ms_swift_has_it; print(ms_swift_has_it())'
+    assert 'True' in beside(edited_copy, code)
+    assert 'False' in beside(tmp_path, code)
 
 
 REPORT = '''
