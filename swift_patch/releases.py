@@ -1,7 +1,8 @@
 """The releases of ms-swift and PEFT that this package works with. pyproject.toml says the same.
 
-Nothing here imports either: what is installed is what `importlib.metadata` says.
+Nothing here imports either.
 """
+import sys
 from importlib import metadata
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
@@ -10,10 +11,17 @@ from typing import Dict, Optional
 from . import stepping_aside
 
 SUPPORTED: Dict[str, SpecifierSet] = {'ms-swift': SpecifierSet('>=3.11.2,<4.7'), 'peft': SpecifierSet('>=0.18,<0.21')}
+_MODULES = {'ms-swift': 'swift'}
 
 
 def installed(package: str) -> Optional[str]:
-    """Returns the version of a package, or None where it is not installed."""
+    """Returns the version of a package, or None where it is not installed.
+
+    What is imported counts before what is installed: a checkout on `sys.path` has no metadata, or that of an older one.
+    """
+    version = getattr(sys.modules.get(_MODULES.get(package, package)), '__version__', None)
+    if isinstance(version, str):
+        return version
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 from packaging.requirements import Requirement
 from pathlib import Path
+from types import SimpleNamespace
 
 import swift_patch
 from swift_patch import cli, patching, releases
@@ -18,24 +19,17 @@ else:
 PYPROJECT = Path(__file__).parent.parent / 'pyproject.toml'
 # Claims a release before anything asks for it.
 CLAIM = '''
-from importlib import metadata
-version = metadata.version
-metadata.version = lambda package: {claimed!r}.get(package) or version(package)
 import swift_patch
-from swift_patch import patching
+from swift_patch import patching, releases
+installed = releases.installed
+releases.installed = lambda package: {claimed!r}.get(package) or installed(package)
 '''
 
 
 def claim(monkeypatch, **claimed):
-    version = metadata.version
-
-    def claimed_version(package):
-        found = claimed.get(package.replace('-', '_'), '')
-        if found is None:
-            raise metadata.PackageNotFoundError(package)
-        return found or version(package)
-
-    monkeypatch.setattr(metadata, 'version', claimed_version)
+    installed = releases.installed
+    monkeypatch.setattr(releases, 'installed',
+                        lambda package: claimed.get(package.replace('-', '_'), installed(package)))
 
 
 def run(claimed, code):
@@ -58,6 +52,14 @@ def test_pyproject_says_the_same():
 
 def test_what_is_installed_here_is_supported():
     assert releases.unsupported() is None and swift_patch.is_applied()
+
+
+def test_what_is_imported_counts_before_what_is_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'swift', SimpleNamespace(__version__='9.0'))
+    assert 'does not support ms-swift 9.0' in releases.unsupported()
+    monkeypatch.delitem(sys.modules, 'swift')
+    assert releases.installed('ms-swift') == metadata.version('ms-swift')
+    assert releases.installed('no-such-package') is None
 
 
 @pytest.mark.parametrize('package, version, expected', [
