@@ -25,9 +25,7 @@ ENVIRONMENTS: Dict[str, Dict[str, str]] = {
     'python-3.10': NEWEST,
     'python-3.12': NEWEST,
     'older-peft': {
-        'ms-swift': '4.6.0',
-        'peft': '0.18.1',
-        'transformers': '5.19.0'
+        **NEWEST, 'peft': '0.18.1'
     },
     'peft-19': {
         'ms-swift': '4.5.3',

@@ -1,6 +1,7 @@
 """The whole change: edits of ms-swift's modules, the new package, a test, the documentation, and a diff of all that."""
 import difflib
 import isort
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
@@ -92,22 +93,17 @@ def write(repo: Path, changes: List[FileChange]) -> None:
     changed = [item for item in changes if item.old != item.new]
     for item in changed:
         check_writable(repo / item.path)
-    begun = []
-    try:
+    with ExitStack() as undo:
         for item in changed:
             path = repo / item.path
             with told_as(f'Cannot write {path}'):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                begun.append(item)
+                if item.old is None:
+                    undo.callback(path.unlink, missing_ok=True)
+                else:
+                    undo.callback(path.write_bytes, item.old.encode())
                 path.write_bytes(item.new.encode())
-    except BaseException:
-        for item in begun:
-            path = repo / item.path
-            if item.old is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_bytes(item.old.encode())
-        raise
+        undo.pop_all()
 
 
 @lru_cache(maxsize=None)

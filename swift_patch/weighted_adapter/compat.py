@@ -54,6 +54,8 @@ def load_embeddings(model: nn.Module, state_dict: Dict[str, Any], adapter_name: 
             place = f'{place}.{adapter_name}'
         if place.endswith((f'lora_embedding_A.{adapter_name}', f'lora_embedding_B.{adapter_name}')):
             places[key] = place
+    if not places:
+        return state_dict
     found = model.load_state_dict({place: state_dict[key] for key, place in places.items()}, strict=False)
     unplaced = set(found.unexpected_keys)
     return {key: value for key, value in state_dict.items() if key not in places or places[key] in unplaced}

@@ -118,26 +118,24 @@ def swift_add_weighted_adapter(
     density: Optional[float] = None,
     majority_sign_method: Literal['total', 'frequency'] = 'total',
 ) -> None:
-    """Adds a new adapter by merging the given adapters with the given weights.
+    """Adds a new adapter by merging the given adapters with the given weights, and makes it the only active one.
 
-    Like PEFT's `LoraModel.add_weighted_adapter`, with one more combination type, and with `svd` computed from
-    the low-rank factors. The adapter can be refilled by `update_weighted_adapter` later. It becomes the only
-    active adapter, and so does one of that name that exists already.
+    Like PEFT's `LoraModel.add_weighted_adapter`, with one more combination type, `average`, and with `svd` computed
+    from the low-rank factors. The adapter can be refilled by `update_weighted_adapter` later. One of that name that
+    exists already becomes the only active one, and nothing else is done.
 
     Args:
         adapters: Names of the adapters to merge.
         weights: A weight for each of them, of any sign.
         adapter_name: Name of the new adapter.
-        combination_type: One of `linear`, `cat`, `svd`, `ties`, `ties_svd`, `dare_linear`, `dare_ties`,
-            `dare_linear_svd`, `dare_ties_svd`, `magnitude_prune`, `magnitude_prune_svd`, or `average` (the fusion
-            of LoraRetriever, arXiv:2402.09997: A = Σ wⱼAⱼ, B = Σ wⱼBⱼ, the scaling kept). A single adapter is
-            merged by `linear` whatever is given, except by `average`.
-        svd_rank: Rank of the new adapter for the types that end in `svd`; by default the largest of the adapters'.
-        svd_clamp: A quantile in [0, 1], to clamp the factors of an `svd` with.
-        svd_full_matrices: Passed on to `torch.linalg.svd` where a clamp could see the difference.
-        svd_driver: The cuSOLVER method for `torch.linalg.svd`, on CUDA only: `gesvd`, `gesvdj` or `gesvda`.
-        density: The fraction of values to keep, for `ties*`, `dare_*` and `magnitude_prune*`.
-        majority_sign_method: `total` or `frequency`, for `ties*` and `dare_ties*`.
+        combination_type: One of the types of `update_weighted_adapter`. A single adapter is merged by `linear`
+            whatever is given, except by `average`.
+        svd_rank: See `update_weighted_adapter`, like all that follow.
+        svd_clamp: See `update_weighted_adapter`.
+        svd_full_matrices: See `update_weighted_adapter`.
+        svd_driver: See `update_weighted_adapter`.
+        density: See `update_weighted_adapter`.
+        majority_sign_method: See `update_weighted_adapter`.
 
     Raises:
         TypeError: an argument is of the wrong type.
