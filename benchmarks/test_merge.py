@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 from workloads import SOURCES, Refill, base_model, elements, with_loras
 
 import swift_patch
-from swift_patch.weighted_adapter import compiling
+from swift_patch.lora import compiled as kernel
 
 # By name: the shape, the rank and the dtype.
 SIZES: Dict[str, Tuple[str, int, torch.dtype]] = {
@@ -73,4 +73,4 @@ def test_merge_against_copy(gate: Callable, benchmark: Any, size: Tuple[str, Any
     benchmark.pedantic(update, rounds=10)
     gate('merge', f'{name} {way}', against_copy)
     # Or compiling failed, which was logged.
-    assert bool(compiling._kernel) == bool(compiled)
+    assert bool(kernel._kernel) == bool(compiled)

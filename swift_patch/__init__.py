@@ -7,11 +7,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .patching import apply, is_applied, revert
-from .releases import unsupported
+from .patching.releases import unsupported
 
 if TYPE_CHECKING:
-    from .weighted_adapter.compiling import compile_merging
-    from .weighted_adapter.composer import FusionComposer
+    from .compose.composer import FusionComposer
+    from .lora.compiled import compile_merging
 
 __version__ = '0.1.0'
 __all__ = ['FusionComposer', 'apply', 'compile_merging', 'is_applied', 'revert']
@@ -25,10 +25,10 @@ def __getattr__(name: str) -> Any:
             # reason in `from swift_patch import FusionComposer`.
             raise ImportError(reason)
     if name == 'FusionComposer':
-        from .weighted_adapter.composer import FusionComposer
+        from .compose.composer import FusionComposer
         return FusionComposer
     if name == 'compile_merging':
-        from .weighted_adapter.compiling import compile_merging
+        from .lora.compiled import compile_merging
         return compile_merging
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

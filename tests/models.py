@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pointed import stock
+from swift_patch.patching import reverted as stock
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Conv1D, Qwen2Config, Qwen2ForCausalLM

@@ -16,12 +16,12 @@ from torch import nn
 from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple)
 
+from ..compose.composer import FusionComposer
 from ..inference.adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from ..inference.engine import load_engine, swift_arguments
+from ..lora.combination import COMBINATION_TYPES, options_of_method
+from ..lora.compiled import compile_merging
 from ..patching import reverted, why_not_applied
-from ..weighted_adapter.compiling import compile_merging
-from ..weighted_adapter.composer import FusionComposer, merge_options
-from ..weighted_adapter.merging import COMBINATION_TYPES
 from .synthetic import write_synthetic
 
 Compose = Callable[[List[str], List[float]], Any]
@@ -211,7 +211,7 @@ def _run(config: BenchConfig, swift_args: Mapping[str, Any], adapters: Mapping[s
          say: Callable[[str], Any]) -> BenchResult:
     checkpoints = find_checkpoints(adapters)
     merge_args = {'combination_type': config.combination_type, **config.merge_args}
-    merge_options('fusion', **merge_args)
+    options_of_method('fusion', **merge_args)
     per_sample = _adapters_per_sample(config.adapters_per_sample, len(adapters))
     if per_sample > 1:
         _check_ranks(checkpoints, config.combination_type)
@@ -274,16 +274,8 @@ def _adapters_per_sample(wanted: Optional[int], count: int) -> int:
 
 def _check_ranks(checkpoints: Sequence[AdapterCheckpoint], combination_type: str) -> None:
     """Raises ValueError where stock refuses adapters for their ranks, which is seen in their configs."""
-    if COMBINATION_TYPES[combination_type].rank != 'same':
-        return
-    ranks: Dict[Any, str] = {}
-    for checkpoint in checkpoints:
-        ranks.setdefault(_rank(checkpoint.config), checkpoint.name)
-    if len(ranks) > 1:
-        found = ', '.join(f'{rank} of {name!r}' for rank, name in list(ranks.items())[:3])
-        raise ValueError(
-            f'--combination_type {combination_type} takes adapters of one rank, found {found}: give others, '
-            'or --combination_type cat or svd.')
+    ranks = {checkpoint.name: _rank(checkpoint.config) for checkpoint in checkpoints}
+    COMBINATION_TYPES[combination_type].check_ranks(ranks)
 
 
 def _rank(config: Mapping[str, Any]) -> Any:

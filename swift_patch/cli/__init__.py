@@ -5,7 +5,7 @@ from rich_argparse import RichHelpFormatter
 from typing import List, Optional
 
 import swift_patch
-from ..releases import unsupported
+from ..patching.releases import unsupported
 from . import bench, demo, doctor, infer, upstream
 
 

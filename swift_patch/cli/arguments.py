@@ -3,11 +3,10 @@ import argparse
 import math
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
+from ..lora.combination import COMBINATION_TYPES
+
 # Handed to ms-swift as they are; one that is not given is left to ms-swift.
 MODEL_OPTIONS = ('model', 'model_type', 'model_revision', 'use_hf', 'torch_dtype', 'device_map', 'attn_impl')
-# The keys of `swift_patch.weighted_adapter.merging.COMBINATION_TYPES`, which would import torch.
-COMBINATION_TYPES = ('linear', 'average', 'cat', 'svd', 'ties', 'ties_svd', 'dare_linear', 'dare_ties',
-                     'dare_linear_svd', 'dare_ties_svd', 'magnitude_prune', 'magnitude_prune_svd')
 COMPOSER_OPTIONS = ('combination_type', 'density', 'svd_rank', 'majority_sign_method')
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from rich.console import Console
 
-from ..weighted_adapter.messages import shown
+from ..errors import short_repr
 from .progress import stage
 
 # All of them are made before the first is answered.
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.samples <= _MAX_SAMPLES:
         print(
             f'swift-patch demo: error: --samples is expected to be from 1 to {_MAX_SAMPLES}, found '
-            f'{shown(args.samples)}.',
+            f'{short_repr(args.samples)}.',
             file=sys.stderr)
         return 2
     if not args.stock_seconds >= 0:  # NaN, too

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
-from ..weighted_adapter.messages import shown
+from ..errors import short_repr
+from ..lora.changes_base import changes_base
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,8 +46,6 @@ _UNFUSABLE = {
     'alora_invocation_tokens': (None, []),
     'arrow_config': (None, ),
 }
-# These change the base model's own weights when a LoRA is created, so two of them cannot share one base model.
-_CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq')
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ def _read_object(prefix: str, file: Path) -> Dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f'{prefix} cannot read {file}: {e}') from e
     if not isinstance(data, dict):
-        raise ValueError(f'{prefix} {file} must hold an object, found {shown(data)}.')
+        raise ValueError(f'{prefix} {file} must hold an object, found {short_repr(data)}.')
     return data
 
 
@@ -298,11 +297,11 @@ def _check_config(checkpoint: AdapterCheckpoint) -> None:
     for option, harmless in _UNFUSABLE.items():
         if config.get(option) not in harmless:
             raise ValueError(
-                f'{checkpoint}: it was trained with {option}={shown(config[option])}, which cannot be fused.')
+                f'{checkpoint}: it was trained with {option}={short_repr(config[option])}, which cannot be fused.')
     init = config.get('init_lora_weights')
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+    if changes_base(init):
         raise ValueError(
-            f'{checkpoint}: it was trained with init_lora_weights={shown(init)}, which changes the base model; '
+            f'{checkpoint}: it was trained with init_lora_weights={short_repr(init)}, which changes the base model; '
             f'give the converted checkpoint.')
 
 

@@ -1,15 +1,14 @@
 """The input of `swift-patch infer`: JSON lines, all of them checked before anything expensive is done."""
 import codecs
-import ctypes
 import difflib
 import itertools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, List, Optional, Set, Tuple, Union
 
-from ..weighted_adapter.messages import shown
+from ..errors import short_repr
+from ..lora.numbers import equal_weights, is_finite_weight
 
 # What ms-swift's own datasets accept.
 ROLES = ('system', 'user', 'assistant', 'tool_call', 'tool_response', 'tool')
@@ -136,7 +135,7 @@ def _unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     data: Dict[str, Any] = {}
     for key, value in pairs:
         if key in data:
-            raise ValueError(f'the key {shown(key)} occurs twice in one object')
+            raise ValueError(f'the key {short_repr(key)} occurs twice in one object')
         data[key] = value
     return data
 
@@ -168,7 +167,7 @@ def _check_message(message: Any, *, is_first: bool) -> Optional[str]:
         return f'must be an object with role and content, got {_kind(message)}'
     role = message.get('role')
     if role not in ROLES:
-        return f'role must be one of {", ".join(ROLES)}, got {shown(role)}'
+        return f'role must be one of {", ".join(ROLES)}, got {short_repr(role)}'
     if role == 'system' and not is_first:
         return 'only the first message may have the role system'
     content = message.get('content')
@@ -198,9 +197,9 @@ def _check_adapters(data: Dict[str, Any], names: Collection[str]) -> Iterator[st
         if not isinstance(name, str):
             yield f'adapters[{i}] must be a name, got {_kind(name)}'
         elif name not in names:
-            yield f'unknown adapter {shown(name)}; {_suggest(name, names)}'
+            yield f'unknown adapter {short_repr(name)}; {_suggest(name, names)}'
         elif name in seen:
-            yield f'the adapter {shown(name)} is named twice; add up its weights instead'
+            yield f'the adapter {short_repr(name)} is named twice; add up its weights instead'
         else:
             seen.add(name)
     # JSON that went through a table has null where a row has no value.
@@ -235,7 +234,7 @@ def _check_keys(data: Dict[str, Any]) -> Iterator[str]:
 def _to_sample(number: int, data: Dict[str, Any]) -> Sample:
     messages, label = _split_label(data['messages'])
     adapters = tuple(data['adapters'])
-    weights = data.get('weights') or [1 / len(adapters)] * len(adapters)
+    weights = data.get('weights') or equal_weights(len(adapters))
     return Sample(
         line=number,
         data=data,
@@ -257,8 +256,7 @@ def _is_finite_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
-        # What adapters are merged with.
-        return math.isfinite(ctypes.c_float(value).value)
+        return is_finite_weight(float(value))
     except OverflowError:  # an integer beyond the range of floats
         return False
 
@@ -272,8 +270,8 @@ def _expected(data: Dict[str, Any], key: str, what: str) -> str:
 def _suggest(name: str, names: Collection[str]) -> str:
     close = difflib.get_close_matches(name, names) if len(name) <= _MAX_SPELLED else []
     if close:
-        return f'did you mean {" or ".join(map(shown, close))}?'
-    known = ', '.join(map(shown, list(names)[:10]))
+        return f'did you mean {" or ".join(map(short_repr, close))}?'
+    known = ', '.join(map(short_repr, list(names)[:10]))
     return f'known are {known}{", ..." if len(names) > 10 else ""}'
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple
 
+from ..errors import short_repr
 from ..files import check_writable, told_as
 from ..patching import why_not_applied
-from ..weighted_adapter.messages import shown
 from .adapters import AdapterCheckpoint, check_base_model, find_checkpoints
 from .dataset import DatasetError, Sample, read_dataset
 from .engine import load_engine, swift_arguments
@@ -106,11 +106,11 @@ def run_infer(config: InferConfig) -> InferSummary:
     samples = read_dataset(config.val_dataset, config.adapters)
     checkpoints = find_checkpoints(config.adapters)
     _check_result_path(config)
-    from ..weighted_adapter.compiling import compile_merging
-    from ..weighted_adapter.composer import merge_options
+    from ..lora.combination import options_of_method
+    from ..lora.compiled import compile_merging
     if config.compile_merging:
         compile_merging()
-    merge_options(config.merge_method, **config.composer_args)
+    options_of_method(config.merge_method, **config.composer_args)
     args = swift_arguments(config.swift_args, checkpoints)
     results = ResultFile(config, args, samples, checkpoints)
     summary = InferSummary(resumed=results.num_finished)
@@ -210,7 +210,7 @@ class ResultFile:
             raise self._mismatch(f'its settings in {self.settings_path} cannot be read: {e}') from e
         if not isinstance(old, dict):
             raise self._mismatch(f'its settings in {self.settings_path} are expected to be an object, found '
-                                 f'{shown(old)}')
+                                 f'{short_repr(old)}')
         changed = [
             f'{key:.60} was {_show(old.get(key))} and is now {_show(self.settings.get(key))}'
             for key in dict.fromkeys([*old, *self.settings]) if old.get(key) != self.settings.get(key)
@@ -223,7 +223,7 @@ class ResultFile:
             finished = json.loads(line)
             expected = _result_line(config, sample, finished['response'], finished['logprobs'])
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise self._mismatch(f'line {number} is not a result line, found {shown(line)}') from e
+            raise self._mismatch(f'line {number} is not a result line, found {short_repr(line)}') from e
         for key in dict.fromkeys([*expected, *finished]):
             if expected.get(key) != finished.get(key):
                 raise self._mismatch(
@@ -239,7 +239,7 @@ class _Generator:
 
     def __init__(self, config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint],
                  samples: Sequence[Sample]):
-        from ..weighted_adapter.composer import FusionComposer
+        from ..compose.composer import FusionComposer
         self.config = config
         self.seed = args.seed
         self.engine, self.aliases = load_engine(args, checkpoints)

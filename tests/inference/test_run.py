@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from swift_patch import cli
-from swift_patch.cli.arguments import COMBINATION_TYPES
 from swift_patch.cli.infer import add_parser
 from swift_patch.demo.tiny_model import MODEL_TYPE, TEMPLATE
 from swift_patch.inference import run as run_module
@@ -472,11 +471,6 @@ def test_the_command_tells_that_the_patch_is_switched_off(config: InferConfig) -
     assert process.returncode == 2
     assert process.stderr.startswith('swift-patch infer: error: The patch is switched off: unset SWIFT_PATCH_DISABLE')
     assert len(process.stderr.splitlines()) == 1
-
-
-def test_the_command_line_knows_all_combination_types() -> None:
-    from swift_patch.weighted_adapter import merging
-    assert COMBINATION_TYPES == tuple(merging.COMBINATION_TYPES)
 
 
 REQUIRED = ['--adapters', 'a=b', '--val_dataset', 'c', '--result_path', 'd']

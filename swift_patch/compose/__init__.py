@@ -1,0 +1,1 @@
+"""Which adapters a sample gets: selection, fusion and mixture of LoRAs, one sample after another."""

@@ -1,0 +1,256 @@
+"""Selection, fusion and mixture of LoRAs, one sample after another (LoraRetriever, arXiv:2402.09997, §4.2)."""
+import math
+import threading
+import weakref
+from contextlib import contextmanager
+from numbers import Integral
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraModel
+from torch import nn
+from typing import Any, Iterator, Literal, Mapping, Optional, Sequence, Tuple, Union
+
+from ..errors import short_repr
+from ..lora.combination import COMBINATION_TYPES, options_of_method
+from ..lora.composition import Composition, check_names
+from ..model.adapters import Adapters
+from ..model.layers import factors_of
+from ..model.plan import check_new_name, check_source
+from ..model.refill import add, make_room, refill
+from ..model.undo import Undo
+
+# One lock per model, not per composer: all composers of a model switch the same layers. It dies with the model.
+_locks: 'weakref.WeakKeyDictionary[nn.Module, _ModelLock]' = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+class _ModelLock:
+    """Held while a model's layers are switched or a fused adapter is used.
+
+    Attributes:
+        lock: the lock.
+        held: what a `fused` block holds now: the fused adapter and its composition. Only its thread can see it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.held: Optional[Tuple[str, Composition]] = None
+
+
+class FusionComposer:
+    """Merges the LoRAs that fit a sample into one fused adapter and activates it, sample by sample.
+
+    The first call makes the fused adapter and all later ones refill it in place, so that every sample costs the same.
+
+    Args:
+        model: A `SwiftModel` or a `PeftModel` (or its `LoraModel`) with the LoRAs loaded.
+        merge_method: `fusion` averages the parameters (`average`), `mixture` the outputs (`cat`), `selection` takes
+            the heaviest source alone.
+        combination_type: Any type of `add_weighted_adapter`, instead of `merge_method`.
+        adapter_name: The name of the fused adapter.
+        svd_rank: See `update_weighted_adapter`, like all that follow.
+        svd_clamp: See `update_weighted_adapter`.
+        svd_driver: See `update_weighted_adapter`.
+        density: See `update_weighted_adapter`.
+        majority_sign_method: See `update_weighted_adapter`.
+
+    Raises:
+        TypeError: `model` is none of these, or `adapter_name` is not a string.
+        ValueError: An argument is not one of its values, or `adapter_name` is a name that no adapter can have, or is
+            taken by one that may not be overwritten.
+        RuntimeError: PEFT has no `update_weighted_adapter`: the patch was reverted.
+
+    Example:
+        >>> composer = FusionComposer(model)
+        >>> with composer.fused({'sql': 0.7, 'math': 0.3}):
+        ...     model.generate(...)
+    """
+
+    def __init__(self,
+                 model: nn.Module,
+                 merge_method: Literal['fusion', 'mixture', 'selection'] = 'fusion',
+                 *,
+                 combination_type: Optional[str] = None,
+                 adapter_name: str = 'fused',
+                 svd_rank: Optional[int] = None,
+                 svd_clamp: Optional[float] = None,
+                 svd_driver: Optional[str] = None,
+                 density: Optional[float] = None,
+                 majority_sign_method: Literal['total', 'frequency'] = 'total'):
+        # Any model that torch.compile wrapped; the layers are the same.
+        self._model: Any = getattr(model, '_orig_mod', model) if isinstance(model, nn.Module) else model
+        self._tuner: Any = self._model.base_model if isinstance(self._model, PeftModel) else self._model
+        _check_applied()
+        if not hasattr(type(self._tuner), 'update_weighted_adapter'):
+            raise TypeError('model is expected to be a SwiftModel or a PeftModel with LoRAs, found '
+                            f'{type(model).__name__}.')
+        self._options = options_of_method(
+            merge_method,
+            combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method)
+        self.merge_method = merge_method
+        self.adapter_name = adapter_name
+        found = Adapters.of(self._tuner)
+        if isinstance(adapter_name, str) and adapter_name in found.configs:
+            found.record(adapter_name)
+        else:
+            check_new_name(adapter_name)
+        with _locks_guard:
+            self._model_lock = _locks.setdefault(found.model, _ModelLock())
+        # Mixture and selection are defined by the delta. PEFT's types give it √r times too much for sources with
+        # rsLoRA, which is kept where a type is asked for by name.
+        self._is_exact = combination_type is None and merge_method != 'fusion'
+
+    def compose(self,
+                adapters: Union[Sequence[str], Mapping[str, float]],
+                weights: Optional[Sequence[float]] = None) -> str:
+        """Fuses `adapters` and makes the fused adapter the only active one (in the calling thread, where ms-swift
+        activates by thread).
+
+        Args:
+            adapters: The names of the sources, or a mapping from names to weights.
+            weights: A weight for each source; by default 1/k for each of k.
+
+        Returns:
+            The name of the fused adapter.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: The sources cannot be merged, or an adapter is merged into the base weights. The model is as it
+                was.
+            RuntimeError: the patch was reverted, or a `fused` block of this thread holds something else.
+        """
+        composition = Composition.of_sample(adapters, weights, self._options)
+        with self._model_lock.lock:
+            self._compose(composition)
+        return self.adapter_name
+
+    @contextmanager
+    def fused(self,
+              adapters: Union[Sequence[str], Mapping[str, float]],
+              weights: Optional[Sequence[float]] = None) -> Iterator[str]:
+        """Composes, and holds the fused adapter for the time of the `with` block: `compose` in another thread waits.
+
+        Args:
+            adapters: See `compose`.
+            weights: See `compose`.
+
+        Yields:
+            The name of the fused adapter.
+
+        Raises:
+            RuntimeError: Another `fused` block of this thread holds something else. For the rest see `compose`.
+        """
+        composition = Composition.of_sample(adapters, weights, self._options)
+        with self._model_lock.lock:
+            self._compose(composition)
+            before = self._model_lock.held
+            self._model_lock.held = (self.adapter_name, composition)
+            try:
+                yield self.adapter_name
+            finally:
+                self._model_lock.held = before
+
+    def reserve(self, adapters: Optional[Sequence[str]] = None, max_sources: Optional[int] = None) -> None:
+        """Makes the fused adapter large enough for any of `adapters`, so that it never grows (and nothing that was
+        compiled or captured with it goes stale).
+
+        Args:
+            adapters: The adapters that will be composed; by default all LoRAs that are loaded.
+            max_sources: How many of them at most at a time; by default all. Only `cat` needs more rank for more.
+
+        Raises:
+            TypeError: `adapters` is not a list of names.
+            ValueError: An adapter does not exist, there is none, or `max_sources` is not a positive integer. The model
+                is as it was.
+        """
+        is_integer = isinstance(max_sources, Integral) and not isinstance(max_sources, bool)
+        if max_sources is not None and not (is_integer and max_sources > 0):
+            raise ValueError(
+                f'max_sources is expected to be a positive integer or None, found {short_repr(max_sources)}.')
+        names = None if adapters is None else check_names(adapters)
+        with self._model_lock.lock, Undo() as undo:
+            found = Adapters.of(self._tuner)
+            if names is None:
+                names = check_names([
+                    name for name, config in found.configs.items()
+                    if isinstance(config, LoraConfig) and not found.is_fused(name)
+                ])
+            for name in names:
+                check_source(name, found)
+            rank = COMBINATION_TYPES[self._options.combination_type].largest_rank([found.rank(name) for name in names],
+                                                                                  max_sources, self._options.svd_rank)
+            if self.adapter_name not in found.configs:
+                add(found, Composition.of(names[:1], [0.0], self._options), self.adapter_name, undo)
+                found = Adapters.of(self._tuner)
+            found.record(self.adapter_name)
+            make_room(found, self.adapter_name, rank, names)
+            undo.commit()
+
+    def _compose(self, composition: Composition) -> None:
+        """Fills the fused adapter and activates it. The lock is held."""
+        _check_applied()
+        adapters = Adapters.of(self._tuner)
+        held = self._model_lock.held
+        if held is not None and held != (self.adapter_name, composition):
+            raise RuntimeError(
+                f'A `fused` block of this thread is expected to keep {short_repr(list(held[1].sources))} in adapter '
+                f'{held[0]!r}, found that {short_repr(list(composition.sources))} shall be composed: do that after '
+                'that block.')
+        if adapters.merged:
+            name, layer = adapters.merged[0]
+            raise ValueError(
+                f'Layer {name!r} is expected to have nothing merged into its base weights, where no other adapter '
+                f'takes effect then, found adapters {layer.merged_adapters}: unmerge them first.')
+        composition = self._resolved(composition, adapters)
+        with Undo() as undo:
+            if held is not None:
+                # It is in the adapter, where random masks drawn anew would replace it.
+                pass
+            elif self.adapter_name in adapters.configs:
+                adapters.record(self.adapter_name)
+                refill(adapters, composition, self.adapter_name)
+            else:
+                add(adapters, composition, self.adapter_name, undo)
+                adapters = Adapters.of(self._tuner)
+            self._activate(adapters)
+            undo.commit()
+
+    def _resolved(self, composition: Composition, adapters: Adapters) -> Composition:
+        """Returns what is merged in the end: the heaviest source alone, weights that make up for rsLoRA."""
+        if self.merge_method == 'selection':
+            # The others are not merged, so that nothing else would see that they do not exist.
+            for name in composition.sources:
+                check_source(name, adapters)
+            composition = composition.selected()
+        sources = composition.sources
+        if self._is_exact and sources[0] in adapters.configs and getattr(
+                adapters.config(sources[0]), 'use_rslora', False):
+            rank = sum(adapters.rank(source) for source in sources if source in adapters.configs)
+            composition = composition.weighted(1 / math.sqrt(rank))
+        return composition
+
+    def _activate(self, adapters: Adapters) -> None:
+        name = self.adapter_name
+        if not isinstance(self._tuner, LoraModel):
+            # Only ms-swift has other tuners; PEFT alone shall not need it.
+            from ..model.activation import activate_alone
+            activate_alone(adapters, name)
+            return
+        is_active = self._model.active_adapters == [name] and all(layer.active_adapters == [name]
+                                                                  for _, layer in adapters.layers)
+        if not is_active:
+            self._model.set_adapter(name)
+            # PEFT takes an adapter that is switched on for one to be trained.
+            for _, layer in adapters.layers:
+                for parameter in factors_of(layer, name) or ():
+                    parameter.requires_grad_(False)
+
+
+def _check_applied() -> None:
+    if not hasattr(LoraModel, 'update_weighted_adapter'):
+        raise RuntimeError('LoraModel of PEFT is expected to have `update_weighted_adapter`, but the patch was '
+                           'reverted, or refuses the releases that are installed: call `swift_patch.apply()`.')

@@ -1,0 +1,1 @@
+"""LoRAs as tensors, without a model: what to merge, and how."""

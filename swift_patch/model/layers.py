@@ -1,0 +1,75 @@
+"""One LoRA layer of PEFT or ms-swift: where it keeps what belongs to an adapter."""
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from typing import Any, Dict, List, NamedTuple, Optional
+
+from ..lora.factors import Factors
+
+# Keyed by adapter name in every LoRA layer, besides those that `adapter_layer_names` and `other_param_names` list.
+_MORE_CONTAINERS = ('use_rslora', 'use_dora', 'lora_bias', 'lora_variant')
+
+
+class Holder(NamedTuple):
+    """One `ModuleDict` of a LoRA layer, keyed by adapter.
+
+    Attributes:
+        layer: the layer.
+        attribute: its attribute.
+        modules: the modules by adapter, as they are now.
+    """
+    layer: LoraLayer
+    attribute: str
+    modules: Dict[str, nn.Module]
+
+
+def adapter_modules(layer: LoraLayer) -> List[Holder]:
+    """Returns every `ModuleDict` of `layer` that is keyed by adapter."""
+    children = {name: layer._modules.get(name) for name in layer.adapter_layer_names}
+    return [Holder(layer, name, child._modules) for name, child in children.items() if isinstance(child, nn.ModuleDict)]
+
+
+def adapter_containers(layer: LoraLayer) -> Dict[str, Any]:
+    """Returns by attribute every container of `layer` that is keyed by adapter: parameters, rank, scaling, flags."""
+    names = dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, *_MORE_CONTAINERS))
+    containers = {name: getattr(layer, name, None) for name in names}
+    return {name: container for name, container in containers.items() if hasattr(container, 'keys')}
+
+
+def factors_of(layer: LoraLayer, adapter: str) -> Optional[Factors]:
+    """Returns the parameters of `adapter` in `layer`, or None where the adapter does not target this layer."""
+    # Past `Module.__getattr__`, which is most of the time here.
+    children = layer._modules
+    module = children['lora_A']._modules.get(adapter)
+    if module is not None:
+        return Factors(module.weight, children['lora_B']._modules[adapter].weight)
+    if adapter in layer.lora_embedding_A:
+        return Factors(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
+    return None
+
+
+def has_adapter(layer: LoraLayer, adapter: str) -> bool:
+    """Returns whether `adapter` targets this layer."""
+    children = layer._modules
+    return adapter in children['lora_A']._modules or adapter in children['lora_embedding_A']._parameters
+
+
+def scaling_of(layer: LoraLayer, adapter: str) -> float:
+    """Returns the scaling of `adapter` in `layer`. PEFT keeps it in a tensor where adapters are hot-swapped."""
+    scaling = layer.scaling[adapter]
+    return scaling if type(scaling) is float else float(scaling)
+
+
+def groups_of(layer: LoraLayer) -> int:
+    """Returns the groups of a convolution, which part the rank too; 1 for any other layer."""
+    return getattr(layer.get_base_layer(), 'groups', 1)
+
+
+def is_transposed(layer: LoraLayer) -> bool:
+    """Returns whether the base layer keeps its weight as (in_features, out_features)."""
+    return bool(getattr(layer, 'fan_in_fan_out', False)) or len(layer.lora_embedding_A) > 0
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether a tensor keeps its values in tensors of its own, as a DTensor does: it has no memory itself."""
+    return type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor)

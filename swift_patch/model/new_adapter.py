@@ -1,0 +1,209 @@
+"""What a new adapter would be: the config that PEFT would make, and the layers that PEFT would put it in.
+
+Only PEFT (or ms-swift's edition of it) knows the latter: target modules, regular expressions, layers to transform,
+excluded and tied modules, layers inside LoRA layers. So it is asked: it injects the adapter into a copy of the tree of
+modules that has no values.
+"""
+import copy
+import math
+import torch
+import warnings
+from dataclasses import fields, replace
+from functools import lru_cache
+from operator import attrgetter
+from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
+from torch import Tensor, nn
+from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
+
+from ..errors import short_repr
+from ..lora.changes_base import changes_base
+from .adapters import Adapters
+from .layers import groups_of, has_adapter
+from .memory import NewAdapter
+
+# The name of the adapter in the copy.
+_NAME = 'new'
+# What makes a LoRA layer compute something else, or PEFT do something besides: it matters to no layer's being one.
+_PLAIN = {
+    'init_lora_weights': False,
+    'use_dora': False,
+    'use_qalora': False,
+    'alora_invocation_tokens': None,
+    'arrow_config': None,
+    'trainable_token_indices': None,
+    'eva_config': None,
+    'corda_config': None,
+    'loftq_config': {},
+    'lora_ga_config': None,
+    'rank_pattern': {},
+    'alpha_pattern': {},
+    'megatron_config': None,
+}
+
+
+def new_adapter(adapters: Adapters, sources: Sequence[str], combination_type: str, rank: int) -> NewAdapter:
+    """Returns what a new adapter would be that is merged from these sources.
+
+    Args:
+        adapters: the adapters of the model.
+        sources: the names of the sources, all of them LoRAs of the model.
+        combination_type: how they are merged.
+        rank: the rank of the new adapter.
+
+    Raises:
+        ValueError: PEFT would make none.
+    """
+    configs = [adapters.config(source) for source in sources]
+    key = (_settings(configs[0]), *(_hashable(config.target_modules)
+                                    for config in configs[1:]), combination_type == 'average', rank)
+    found = adapters.memory.new.get(key)
+    if found is None:
+        config = _config(configs, sources, combination_type, rank)
+        found = adapters.memory.remember_new(key, NewAdapter(config, _layers(adapters, sources, config)))
+    return found
+
+
+def injecting_tuner(adapters: Adapters, model: nn.Module) -> LoraModel:
+    """Returns a tuner that injects adapters into `model`, the model of `adapters` or a copy of its tree.
+
+    Its dicts and lists are its own: what is injected does not get into those of the tuner.
+    """
+    tuner = adapters.tuner
+    if isinstance(tuner, LoraModel):
+        found = type(tuner).__new__(type(tuner))
+        found.__dict__ = dict(tuner.__dict__, _modules={**tuner._modules, 'model': model})
+        found.active_adapter = copy.copy(tuner.active_adapter)
+    else:
+        # Only ms-swift has other tuners; PEFT alone shall not need it.
+        from swift.tuners.lora_layers import LoraModel as SwiftLoraModel
+        found = SwiftLoraModel(model, None, '')
+        found.active_adapter = {
+            name
+            for name in tuner.active_adapters if isinstance(adapters.configs.get(name), LoraConfig)
+        }
+    found.peft_config = dict(adapters.configs)
+    found.targeted_module_names = []
+    found.targeted_parameter_names = []
+    return found
+
+
+def _config(configs: Sequence[LoraConfig], sources: Sequence[str], combination_type: str, rank: int) -> LoraConfig:
+    """Returns the config of a new adapter merged from adapters of these configs, as PEFT makes it."""
+    targets = [config.target_modules for config in configs]
+    if len({isinstance(target, str) for target in targets}) > 1:
+        raise ValueError('The target modules of the adapters are expected to be all regular expressions or all lists, '
+                         f'found {short_repr(targets)}.')
+    target_modules: Union[str, Set[str]]
+    if isinstance(targets[0], str):
+        target_modules = '|'.join(f'({target})' for target in targets)
+    else:
+        target_modules = set().union(*targets)
+    if getattr(configs[0], 'layer_replication', None):
+        raise ValueError(f'Adapter {sources[0]!r} is expected to have no layer_replication, found '
+                         f'{short_repr(configs[0].layer_replication)}: a new adapter would replicate the layers of '
+                         'the base model once more. Name another adapter first.')
+    changes: Dict[str, Any] = {'r': rank, 'lora_alpha': rank, 'alpha_pattern': {}, 'rank_pattern': {}}
+    if combination_type == 'average':
+        # The scaling is the sources', however they came by it.
+        changes['use_rslora'] = False
+    if changes_base(configs[0].init_lora_weights):
+        # Unlike PEFT, which changes the base weights again for an adapter whose values are then overwritten.
+        changes['init_lora_weights'] = True
+    return replace(configs[0], target_modules=target_modules, **changes)
+
+
+def _layers(adapters: Adapters, sources: Sequence[str], config: LoraConfig) -> 'frozenset[str]':
+    """Returns the names of the layers that PEFT would put an adapter of this config in."""
+    plain = {name: value for name, value in _PLAIN.items() if hasattr(config, name)}
+    # Of a rank that every layer can have: a fused adapter has the next larger one then.
+    plain['r'] = math.lcm(*(groups_of(layer) for _, layer in adapters.layers))
+    model = _without_values(adapters.model)
+    tuner = injecting_tuner(adapters, model)
+    tuner.peft_config[_NAME] = replace(copy.deepcopy(config), **plain)
+    # PEFT warns again when the adapter is made, if it is; and nobody's random numbers change.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device('meta'):
+        warnings.simplefilter('ignore')
+        try:
+            tuner.inject_adapter(model, _NAME)
+        except ValueError as e:
+            raise ValueError(f'PEFT is expected to make a new adapter from {short_repr(list(sources))}, but does not: '
+                             f'{e}') from e
+    names = [
+        name for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and has_adapter(layer, _NAME)
+    ]
+    layers = dict(adapters.layers)
+    for name in names:
+        if name not in layers:
+            raise nothing_to_merge(name, sources)
+    return frozenset(names)
+
+
+def nothing_to_merge(layer_name: str, sources: Sequence[str]) -> ValueError:
+    """Returns the error for a layer that a new adapter would have, but none of the sources."""
+    return ValueError(
+        f'Adapters {short_repr(list(sources))} are expected to have layer {layer_name!r}, which a new adapter would '
+        f'have, but none does: it would have all target modules, and the other settings of {sources[0]!r}. Name '
+        'another adapter first.')
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Returns a copy of the tree of a model: its parameters and buffers on the meta device, no adapter in its layers.
+
+    Containers are copies, so that whatever is done to the tree is not done to the model. Everything else is shared.
+    """
+    modules: Dict[nn.Module, nn.Module] = {}
+    tensors: Dict[Tensor, Tensor] = {}
+
+    def of_tensor(tensor: Optional[Tensor]) -> Optional[Tensor]:
+        if tensor is None:
+            return None
+        if tensor not in tensors:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[tensor] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        return tensors[tensor]
+
+    def of_module(module: Optional[nn.Module]) -> Optional[nn.Module]:
+        if module is None:
+            return None
+        if module in modules:
+            return modules[module]
+        new = modules[module] = type(module).__new__(type(module))
+        # By type, not by name: torch, PEFT and ms-swift keep what belongs to an adapter in dicts.
+        state = {
+            name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+            for name, value in module.__dict__.items()
+        }
+        new.__dict__ = state
+        state['_parameters'] = {name: of_tensor(value) for name, value in module._parameters.items()}
+        state['_buffers'] = {name: of_tensor(value) for name, value in module._buffers.items()}
+        is_lora = isinstance(module, LoraLayer)
+        state['_modules'] = {
+            # What a LoRA layer keys by adapter.
+            name: type(child)() if is_lora and isinstance(child,
+                                                          (nn.ModuleDict, nn.ParameterDict)) else of_module(child)
+            for name, child in module._modules.items()
+        }
+        return new
+
+    copied = of_module(model)
+    assert copied is not None
+    return copied
+
+
+def _settings(config: LoraConfig) -> Tuple[Any, ...]:
+    """Returns all settings of a config, to be compared by value."""
+    return tuple(map(_hashable, _getter(type(config))(config)))
+
+
+@lru_cache(maxsize=None)
+def _getter(config_class: type) -> Callable[[Any], Tuple[Any, ...]]:
+    return attrgetter(*(item.name for item in fields(config_class)))
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    if isinstance(value, (set, frozenset)):
+        return frozenset(value)
+    return repr(value)

@@ -1,0 +1,253 @@
+"""An adapter's factors in one piece of memory: all A in a row, then all B, layers of equal shapes side by side.
+
+A merge of many small layers costs as many calls as there are layers. Packed, it costs as many as there are shapes or,
+element by element, a handful, whatever the number of layers. Packing takes no memory, and parameters stay the same
+objects, at other addresses. What is remembered is compared with the model at each use, address by address: an adapter
+that was moved, cast, copied or reloaded is looked at anew.
+"""
+import threading
+import torch
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from itertools import accumulate
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+from ..lora.combination import Form
+from ..lora.factors import Factors, formed
+from .index import View
+from .layers import factors_of, groups_of, has_adapter, is_sharded, is_transposed, scaling_of
+
+# Two threads that pack one adapter would each get half of it.
+_lock = threading.Lock()
+
+
+class Layout:
+    """Where the factors of one adapter lie in memory. It keeps nothing of the adapter alive.
+
+    Layers of one kind (shapes, dtypes, devices) come one after another, in the order of the model. The lists have an
+    item for each layer.
+
+    Attributes:
+        names: the layers' names.
+        places: by name, the layer's place in these lists.
+        shapes: the shapes of A and B.
+        rank: the largest rank.
+        runs: a number that layers of one kind share where their A follow one another in memory, and so do their B.
+        biased: the places of the layers that have a bias beside B.
+        is_one_run: whether all A follow one another in memory, and so do all B.
+        is_packed: whether that is so, or is so for all of each dtype and device.
+        is_contiguous: whether each is contiguous in itself.
+        is_meta: whether some are on the meta device.
+        is_inference: whether some were made in inference mode.
+        sharded: the names of the layers that have a DTensor, or another tensor that has no memory of its own.
+        nbytes: the bytes that all take.
+        addresses: the address of every A, then of every B.
+    """
+
+    def __init__(self, view: View, adapter: str):
+        kinds: Dict[Any, List[Tuple[int, str, LoraLayer]]] = defaultdict(list)
+        self._lacking = []
+        for number, (name, layer) in enumerate(view.layers):
+            pair = factors_of(layer, adapter)
+            if pair is None:
+                self._lacking.append(number)
+            else:
+                of_pair = ((factor.shape, factor.dtype, factor.device) for factor in pair)
+                kind = (*of_pair, groups_of(layer), is_transposed(layer))
+                kinds[kind].append((number, name, layer))
+        found = [item for same in kinds.values() for item in same]
+        self._numbers = [number for number, _, _ in found]
+        self.names = tuple(name for _, name, _ in found)
+        self.name_set = frozenset(self.names)
+        self.places = {name: i for i, name in enumerate(self.names)}
+        self.shapes = [(kind[0][0], kind[1][0]) for kind, same in kinds.items() for _ in same]
+        self.rank = max((A[0] for A, _ in self.shapes), default=0)
+        self.biased = [i for i, (_, _, layer) in enumerate(found) if layer.lora_bias.get(adapter)]
+        self._adapter = adapter
+        self._has_embeddings = any(adapter in layer.lora_embedding_A for _, _, layer in found)
+
+        parameters = self.find(view)
+        A, B = self.sides(parameters)
+        self.runs: List[int] = []
+        for same in kinds.values():
+            begin = len(self.runs)
+            of_kind = slice(begin, begin + len(same))
+            is_one = _is_in_a_row(A[of_kind]) and _is_in_a_row(B[of_kind])
+            self.runs.extend(begin if is_one else begin + i for i in range(len(same)))
+        self.is_one_run = _is_in_a_row(A) and _is_in_a_row(B)
+        self.is_packed = all(map(_is_in_a_row, self.rows(parameters)))
+        self.is_contiguous = all(parameter.is_contiguous() for parameter in parameters)
+        self.is_meta = any(parameter.is_meta for parameter in parameters)
+        self.is_inference = any(parameter.is_inference() for parameter in parameters)
+        self.sharded = [name for name, *pair in zip(self.names, A, B) if any(map(is_sharded, pair))]
+        self.nbytes = sum(parameter.nbytes for parameter in parameters)
+        self.offsets = [[0, *accumulate(map(Tensor.numel, side))] for side in (A, B)]
+        # Views of one piece of memory that all kept their addresses kept their shapes: one of each run is looked at.
+        self._firsts = [i for i, run in enumerate(self.runs) if i == run]
+        self.addresses, self._facts = list(map(Tensor.data_ptr, parameters)), self._facts_of(parameters)
+
+    def layers(self, view: View) -> List[LoraLayer]:
+        """Returns the layers."""
+        return [view.layers[number][1] for number in self._numbers]
+
+    def find(self, view: View) -> List[Tensor]:
+        """Returns the adapter's parameters in the model now: A of each layer, then B of each.
+
+        Raises:
+            KeyError: a layer does not have the adapter any more.
+        """
+        name, layers = self._adapter, self.layers(view)
+        if not self._has_embeddings:
+            # Past everything that is not a dict: this is most of the time of a small merge.
+            children = [layer._modules for layer in layers]
+            return [
+                *(of_layer['lora_A']._modules[name]._parameters['weight'] for of_layer in children),
+                *(of_layer['lora_B']._modules[name]._parameters['weight'] for of_layer in children),
+            ]
+        pairs = [factors_of(layer, name) for layer in layers]
+        if None in pairs:
+            raise KeyError(name)
+        return [*(pair.A for pair in pairs), *(pair.B for pair in pairs)]  # type: ignore[union-attr]
+
+    def sides(self, parameters: List[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
+        """Returns the A and the B among what `find` returned."""
+        return parameters[:len(self.names)], parameters[len(self.names):]
+
+    def rows(self, parameters: List[Tensor]) -> Iterator[List[Tensor]]:
+        """Yields what `pack` puts in a row: the A, or the B, of one dtype and device."""
+        for side in self.sides(parameters):
+            rows = defaultdict(list)
+            for parameter in side:
+                rows[parameter.dtype, parameter.device].append(parameter)
+            yield from rows.values()
+
+    def is_current(self, view: View, parameters: List[Tensor]) -> bool:
+        """Returns whether these parameters, found now, are all, and what and where they were."""
+        return (list(map(Tensor.data_ptr, parameters)) == self.addresses and self._facts_of(parameters) == self._facts
+                and not any(has_adapter(view.layers[number][1], self._adapter) for number in self._lacking))
+
+    def _facts_of(self, parameters: List[Tensor]) -> List[Any]:
+        # The size of the memory, too: separate tensors may come to lie where views of one were.
+        return [_facts(side[i]) for side in self.sides(parameters) for i in self._firsts]
+
+
+class AdapterFactors:
+    """All factors of one adapter as the model holds them now.
+
+    Attributes:
+        layout: where they lie.
+        parameters: A of each layer, then B of each.
+        layers: the layers, in the order of the layout.
+        scalings: the adapter's scaling in each.
+    """
+
+    def __init__(self, layout: Layout, parameters: List[Tensor], layers: List[LoraLayer], adapter: str):
+        self.layout, self.parameters, self.layers = layout, parameters, layers
+        self.scalings = [scaling_of(layer, adapter) for layer in layers]
+
+    @classmethod
+    def of(cls, layouts: Dict[str, Layout], view: View, adapter: str) -> 'AdapterFactors':
+        """Returns the factors of `adapter` as they are now.
+
+        Args:
+            layouts: what is remembered of the layouts, by adapter.
+            view: the modules of the model.
+            adapter: the adapter.
+        """
+        layout = layouts.get(adapter)
+        parameters = None
+        if layout is not None:
+            try:
+                parameters = layout.find(view)
+                if not layout.is_current(view, parameters):
+                    layout = None
+            except KeyError:  # It was deleted from some layer.
+                layout = None
+        if layout is None or parameters is None:
+            layout = layouts[adapter] = Layout(view, adapter)
+            parameters = layout.find(view)
+        return cls(layout, parameters, layout.layers(view), adapter)
+
+    def formed(self, begin: int, end: int, form: Form) -> Factors:
+        """Returns the factors of the layers from `begin` to `end`, in the memory of the parameters.
+
+        They are all of one run or, where only their elements are asked for, all are.
+        """
+        firsts = [side[begin].detach() for side in self.layout.sides(self.parameters)]
+        if form == 'elements' and end - begin > 1:
+            counts = [offsets[end] - offsets[begin] for offsets in self.layout.offsets]
+            return Factors(*(first.as_strided((count, ), (1, )) for first, count in zip(firsts, counts)))
+        return formed(
+            Factors(*(first.as_strided((end - begin, *first.shape), (first.numel(), *first.stride()))
+                      for first in firsts)), form)
+
+    def factors(self, place: int) -> Factors:
+        """Returns the factors of one layer, in the memory of the parameters."""
+        return Factors(*(side[place].detach() for side in self.layout.sides(self.parameters)))
+
+
+def pack(layouts: Dict[str, Layout], view: View, adapter: str, undo: ExitStack) -> None:
+    """Moves the factors of an adapter into one piece of memory for each dtype and device.
+
+    Nothing is done where they are there already, or where somebody else holds their memory, too.
+
+    Args:
+        layouts: see `AdapterFactors.of`.
+        view: the modules of the model.
+        adapter: the adapter.
+        undo: takes what undoes it.
+    """
+    with _lock:
+        found = AdapterFactors.of(layouts, view, adapter)
+        if found.layout.is_packed or not _is_own(found.parameters):
+            return
+        for row in found.layout.rows(found.parameters):
+            memory = torch.cat([parameter.detach().flatten() for parameter in row])
+            for parameter, values in zip(row, memory.split(list(map(Tensor.numel, row)))):
+                undo.callback(setattr, parameter, 'data', parameter.data)
+                parameter.data = values.view(parameter.shape)
+
+
+def _facts(parameter: Tensor) -> Tuple[Any, ...]:
+    if parameter.is_meta or is_sharded(parameter):
+        # The identity, for there is no address.
+        return parameter.shape, parameter.dtype, parameter.device, id(parameter)
+    return parameter.shape, parameter.dtype, parameter.device, parameter.untyped_storage().nbytes()
+
+
+def _is_in_a_row(parameters: Sequence[Tensor]) -> bool:
+    """Whether parameters follow one another in one piece of memory. True for none or one."""
+    if len(parameters) < 2:
+        return True
+    first = parameters[0]
+    if any(parameter.is_meta or is_sharded(parameter) or not parameter.is_contiguous() for parameter in parameters):
+        return False
+    if len({parameter.untyped_storage().data_ptr() for parameter in parameters}) > 1:
+        return False
+    ends = accumulate((parameter.nbytes for parameter in parameters), initial=first.data_ptr())
+    return all(parameter.data_ptr() == end and parameter.dtype == first.dtype
+               for parameter, end in zip(parameters, ends))
+
+
+def _is_own(parameters: Sequence[Tensor]) -> bool:
+    """Whether nothing but these parameters holds their memory, so that they may be moved to another place."""
+    used: Dict[int, int] = Counter()
+    holders: Dict[int, int] = {}
+    for parameter in parameters:
+        # Parameters of other classes keep their values in ways of their own.
+        if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.is_inference():
+            return False
+        if not parameter.is_contiguous() or (parameter.device.type == 'cpu' and parameter.is_shared()):
+            return False
+        storage = parameter.untyped_storage()
+        if parameter.device.type == 'cpu' and not storage.resizable():
+            # It is that of a NumPy array, of a buffer, or of a file, or was given to one.
+            return False
+        key = storage._cdata
+        # `storage` itself holds it, too. Whatever else does is a tensor: of `state_dict`, of an optimizer's flat
+        # buffer, of a second model, of a graph that waits for its backward pass.
+        holders[key] = torch._C._storage_Use_Count(key) - 1  # type: ignore[attr-defined]
+        used[key] += 1
+    return used == holders

@@ -1,0 +1,144 @@
+"""Making a fused adapter, and refilling it in place: plan -> merge -> grow -> write.
+
+`add` and `refill` end in the same functions, so that the first sample and the thousandth are merged alike. Everything
+that can be wrong is found in the plan, before the first write; what fails all the same is undone.
+"""
+import copy
+from functools import partial
+from peft.tuners.lora import LoraModel
+from typing import Any, Dict, Sequence, Set
+
+from ..lora.composition import Composition
+from .adapters import Adapters
+from .growth import describe, grow
+from .layers import factors_of
+from .new_adapter import injecting_tuner
+from .offload import on_device, plain_tensors
+from .plan import check_target, plan_merge
+from .undo import Tree, Undo
+from .write import merge_batch, prune_at_random, write
+
+
+def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> None:
+    """Adds a fused adapter. Which adapters are active stays as it is.
+
+    Args:
+        adapters: the adapters of the model, none of them of that name.
+        composition: what to merge, and how.
+        name: the name of the new adapter.
+        undo: takes what undoes it. Nothing is committed.
+
+    Raises:
+        ValueError: the sources cannot be merged this way. The model is as it was.
+    """
+    # What undoes a failure here comes last, so that it runs before an adapter goes back to where it was offloaded.
+    with plain_tensors(adapters), on_device(adapters, composition.sources) as offloaded, Undo() as own:
+        _pack_sources(adapters, composition.sources, offloaded, own)
+        plan = plan_merge(adapters, composition)
+        tree = Tree(adapters.tuner)
+        own.callback(tree.restore)
+        # Growth describes another rank in it.
+        config = copy.deepcopy(plan.config)
+        _inject(adapters, name, config)
+        for parameter_name, parameter in adapters.model.named_parameters():
+            if name in parameter_name.split('.'):
+                parameter.requires_grad = False
+        plan = prune_at_random(adapters, plan)
+        merged = {batch.names: merge_batch(plan, batch) for batch in plan.batches}
+        adapters = Adapters.of(adapters.tuner)
+        for batch in plan.batches:
+            for layer_name, layer in zip(batch.names, batch.layers):
+                target = factors_of(layer, name)
+                if target is None:
+                    raise ValueError(f'Layer {layer_name!r} is expected to take a new adapter like {batch.like!r}, but '
+                                     'did not: PEFT did another thing than in a copy of the model.')
+                layer.scaling[name] = batch.scaling
+                if plan.combination.rank != 'sum':
+                    # As PEFT: whatever the dtype of the base layer, the new adapter has that of the merge.
+                    for parameter, value in zip(target, merged[batch.names]):
+                        parameter.data = parameter.data.to(value.dtype)
+        describe(adapters, name, config, plan.rank)
+        adapters.pack(name, own)
+        write(adapters, name, plan, lambda batch, _: merged[batch.names], own)
+        adapters.remember(name, composition.options, plan.config, plan.layers)
+        own.commit()
+    # From here on it is the caller's to undo.
+    undo.callback(tree.restore)
+
+
+def refill(adapters: Adapters, composition: Composition, name: str) -> None:
+    """Refills a fused adapter in place. Which adapters are active stays as it is.
+
+    Args:
+        adapters: the adapters of the model.
+        composition: what to merge, and how.
+        name: the fused adapter.
+
+    Raises:
+        ValueError: the sources cannot be merged this way. The model is as it was, bit by bit.
+    """
+    sources = composition.sources
+    # What undoes it comes last, so that it runs before an adapter goes back to where it was offloaded.
+    with plain_tensors(adapters), on_device(adapters, (*sources, name)) as offloaded, Undo() as undo:
+        _pack_sources(adapters, sources, offloaded, undo)
+        plan = plan_merge(adapters, composition)
+        check_target(adapters, plan, sources, name)
+        places = adapters.factors(name).layout.places
+        lacking = {
+            layer_name: batch.like
+            for batch in plan.batches
+            for layer_name in batch.names if layer_name not in places
+        }
+        grow(adapters, name, max(rank for rank, _ in plan.layers.values()), lacking, undo)
+        write(adapters, name, prune_at_random(adapters, plan), partial(merge_batch, plan), undo)
+        adapters.remember(name, composition.options, plan.config, plan.layers)
+        undo.commit()
+
+
+def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) -> None:
+    """Makes a fused adapter large enough for what is to come. What it computes stays the same.
+
+    Args:
+        adapters: the adapters of the model.
+        name: the fused adapter.
+        rank: the rank that it shall have at least.
+        sources: the adapters whose layers it shall have.
+    """
+    lacking: Dict[str, str] = {}
+    for source in sources:
+        lacking.update(dict.fromkeys(adapters.factors(source).layout.names, source))
+    for layer_name in adapters.factors(name).layout.names:
+        lacking.pop(layer_name, None)
+    with plain_tensors(adapters), on_device(adapters, [name]), Undo() as undo:
+        grow(adapters, name, rank, lacking, undo)
+        for source in sources:
+            if not adapters.factors(source).layout.is_meta:
+                adapters.pack(source, undo)
+        undo.commit()
+
+
+def _pack_sources(adapters: Adapters, sources: Sequence[str], offloaded: Set[str], undo: Undo) -> None:
+    """Packs those of the sources that are on their device to stay."""
+    for source in sources:
+        if source in adapters.configs and source not in offloaded:
+            adapters.pack(source, undo)
+
+
+def _inject(adapters: Adapters, name: str, config: Any) -> None:
+    """Has PEFT, or ms-swift, make a new adapter of this config."""
+    tuner = adapters.tuner
+    if isinstance(tuner, LoraModel):
+        tuner.peft_config[name] = config
+        tuner.inject_adapter(adapters.model, name)
+        return
+    # Only ms-swift has other tuners; PEFT alone shall not need it.
+    from swift.tuners.lora_layers import lora_state_dict, mark_lora_as_trainable
+    from swift.tuners.utils import SwiftOutput
+    injecting = injecting_tuner(adapters, adapters.model)
+    injecting.peft_config[name] = config
+    injecting.inject_adapter(adapters.model, name)
+    config.has_additional_modules = True
+    tuner.adapters[name] = SwiftOutput(
+        config=config,
+        state_dict_callback=partial(lora_state_dict, bias=config.bias),
+        mark_trainable_callback=partial(mark_lora_as_trainable, adapter_name=name, bias=config.bias))

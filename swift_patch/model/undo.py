@@ -1,0 +1,92 @@
+"""What to do where something fails: callbacks, the values of tensors that are overwritten, and the tree of modules."""
+import torch
+from collections import OrderedDict
+from contextlib import ExitStack
+from torch import Tensor, nn
+from typing import Any, Dict, List, Optional, Tuple
+
+# Where copies begin in memory, in bytes: a multiple of the size of any element.
+_ALIGNMENT = 64
+
+
+class Undo(ExitStack):
+    """Undoes what its callbacks undo, last first, unless `commit` is called before its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spare: Dict[torch.device, Tensor] = {}
+        self._memory: Optional[Tensor] = None
+        self._used = 0
+
+    def reserve(self, spare: Dict[torch.device, Tensor], nbytes: int, tensors: int, device: torch.device) -> None:
+        """Makes room for the values of tensors.
+
+        Args:
+            spare: memory from the last time, by device; `commit` puts this memory there for the next time, since on a
+                CPU new memory costs more than the copy.
+            nbytes: the bytes that the values take.
+            tensors: how many tensors there are at most.
+            device: where they are.
+        """
+        nbytes += tensors * _ALIGNMENT
+        # Taken out, so that no other thread uses it meanwhile.
+        self._spare, self._memory = spare, spare.pop(device, None)
+        if self._memory is None or len(self._memory) < nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keeps the values of a tensor, to put them back."""
+        begin, end = self._used, self._used + tensor.nbytes
+        if self._memory is None or end > len(self._memory) or tensor.device != self._memory.device:
+            values = tensor.data.clone()
+        else:
+            values = self._memory[begin:end].view(tensor.dtype).view(tensor.shape)
+            values.copy_(tensor.data)
+            self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+        self.callback(tensor.data.copy_, values)
+
+    def commit(self) -> None:
+        """Keeps what was done."""
+        self.pop_all()
+        if self._memory is not None:
+            self._spare[self._memory.device] = self._memory
+
+
+class Tree:
+    """The tree of a model as it is now: modules, parameters, attributes, what needs a gradient; but not the values.
+
+    PEFT does more than add LoRA layers when it adds an adapter: it wraps layers, saved modules and tokens, and freezes
+    parameters. Whatever it did is undone by what is written down here, not by a list of what it is known to do.
+
+    Args:
+        root: the model, with the tuner around it.
+    """
+
+    def __init__(self, root: nn.Module):
+        self._modules = [(module, dict(module.__dict__), _contents(module)) for module in root.modules()]
+        self._parameters = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+
+    def restore(self) -> None:
+        """Puts everything back. The containers stay the same objects."""
+        for module, attributes, contents in self._modules:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            for container, content in contents:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, requires_grad in self._parameters:
+            parameter.requires_grad_(requires_grad)
+
+
+def _contents(module: nn.Module) -> List[Tuple[Any, Any]]:
+    """Returns every dict, list and set among a module's attributes, and in their dicts, with a copy of each."""
+    found = [value for value in module.__dict__.values() if _is_container(value)]
+    # ms-swift keeps what is active by thread and, in that, by adapter.
+    found += [inner for value in found if type(value) is dict for inner in value.values() if _is_container(inner)]
+    return [(value, value.copy()) for value in found]
+
+
+def _is_container(value: Any) -> bool:
+    # By the exact type: a class of somebody else may do more than hold items.
+    return type(value) in (dict, list, set, OrderedDict)

@@ -1,1 +1,0 @@
-"""Fused LoRA adapters: made, refilled in place and activated, at the cost of what changes."""

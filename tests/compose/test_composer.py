@@ -1,0 +1,407 @@
+import gc
+import math
+import psutil
+import pytest
+import threading
+import torch
+import weakref
+from models import (assert_close_deltas, assert_same_state, deltas, fresh, layers, loras, outputs, qwen2, state, stock,
+                    swift_model)
+from swift.tuners import SwiftModel
+from torch import nn
+
+from swift_patch.compose.composer import FusionComposer
+
+
+def active(model):
+    found = {tuple(layer.active_adapters) for layer in layers(model).values()}
+    assert len(found) == 1
+    return list(found.pop())
+
+
+def versions(model):
+    return [parameter._version for parameter in model.parameters()]
+
+
+def test_fusion_is_the_average_of_the_parameters_and_the_only_active_adapter(model):
+    composer = FusionComposer(model)
+    for sources in (['l0', 'l1', 'l2'], ['l3', 'l1']):
+        assert composer.compose(sources) == 'fused'
+        assert active(model) == ['fused']
+        for layer in layers(model).values():
+            for matrices in (layer.lora_A, layer.lora_B):
+                expected = sum(matrices[name].weight.detach() for name in sources) / len(sources)
+                torch.testing.assert_close(matrices['fused'].weight.detach(), expected)
+            assert layer.scaling['fused'] == layer.scaling['l0']
+
+
+def test_mixture_is_the_average_of_the_outputs(model):
+    FusionComposer(model, 'mixture').compose({'l0': 0.7, 'l2': 0.3})
+    assert_close_deltas(model, 'fused', fresh(model, ['l0', 'l2'], [0.7, 0.3], 'cat'))
+    for name, delta in deltas(model, 'fused').items():
+        torch.testing.assert_close(delta, 0.7 * deltas(model, 'l0')[name] + 0.3 * deltas(model, 'l2')[name])
+
+
+def test_selection_is_the_heaviest_source_alone_as_it_is(model):
+    composer = FusionComposer(model, 'selection')
+    for weights, heaviest in (([0.2, 0.5, 0.3], 'l1'), ([0.6, 0.2, 0.2], 'l0'), (None, 'l0')):
+        composer.compose(['l0', 'l1', 'l2'], weights)
+        assert active(model) == ['fused']
+        assert_close_deltas(model, 'fused', model, oracle_adapter=heaviest)
+
+
+@pytest.mark.parametrize('combination_type, options', [('linear', {}), ('svd', {
+    'svd_rank': 3
+}), ('ties', {
+    'density': 0.3
+})])
+def test_any_other_combination_type_is_stocks(model, combination_type, options):
+    composer = FusionComposer(model, combination_type=combination_type, **options)
+    composer.compose(['l3'])
+    composer.compose(['l0', 'l2'], [0.7, 0.3])
+    assert_close_deltas(model, 'fused', fresh(model, ['l0', 'l2'], [0.7, 0.3], combination_type, **options))
+
+
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture', 'selection'])
+def test_the_first_sample_and_a_later_one_are_the_same_computation(build, merge_method):
+    first, later = build(), build()
+    FusionComposer(first, merge_method).compose(['l1', 'l2'], [0.3, 0.7])
+    composer = FusionComposer(later, merge_method)
+    for sources in (['l0', 'l1', 'l3'], ['l3'], ['l2', 'l0'], ['l1', 'l2']):
+        composer.compose(sources, [0.3, 0.7] if sources == ['l1', 'l2'] else None)
+    for name, delta in deltas(first, 'fused').items():
+        assert torch.equal(delta, deltas(later, 'fused')[name])
+
+
+def test_composing_the_same_twice_does_nothing(model):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    before = versions(model)
+    composer.compose(['l0', 'l1'])
+    composer.compose({'l0': 0.5, 'l1': 0.5})
+    assert versions(model) == before
+
+
+def write(parameter):
+    with torch.no_grad():
+        parameter.copy_(parameter * 2)
+
+
+def replace_data(parameter):
+    parameter.data = parameter.data * 2
+
+
+def test_composing_the_same_again_is_done_where_a_source_was_rescaled(model):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        layer.set_scale('l0', 3)
+    composer.compose(['l0', 'l1'])
+    found = deltas(model, 'fused')
+    FusionComposer(model, adapter_name='new').compose(['l0', 'l1'])
+    for name, delta in deltas(model, 'new').items():
+        torch.testing.assert_close(found[name], delta)
+
+
+@pytest.mark.parametrize('change', [write, replace_data])
+def test_composing_the_same_again_is_done_where_a_source_changed(model, change):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    change(list(layers(model).values())[3].lora_B['l1'].weight)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        torch.testing.assert_close(layer.lora_B['fused'].weight,
+                                   (layer.lora_B['l0'].weight + layer.lora_B['l1'].weight) / 2)
+
+
+def test_composing_the_same_again_is_done_where_another_filled_the_adapter_or_switched(model):
+    composer, other = FusionComposer(model), FusionComposer(model, 'mixture')
+    composer.compose(['l0', 'l1'])
+    expected = deltas(model, 'fused')
+    other.compose(['l2', 'l3'])
+    composer.compose(['l0', 'l1'])
+    for name, delta in deltas(model, 'fused').items():
+        torch.testing.assert_close(delta, expected[name])
+    (model.set_active_adapters if isinstance(model, SwiftModel) else model.set_adapter)('l0')
+    composer.compose(['l0', 'l1'])
+    assert active(model) == ['fused']
+
+
+def test_another_threads_compose_waits_while_the_adapter_is_held(model):
+    composer, other = FusionComposer(model), FusionComposer(model, adapter_name='other')
+    held, done = threading.Event(), []
+    with composer.fused(['l0', 'l1']) as name:
+        expected = outputs(model)
+
+        def compose_elsewhere():
+            held.set()
+            other.compose(['l2', 'l3'])
+            done.append(True)
+
+        thread = threading.Thread(target=compose_elsewhere)
+        thread.start()
+        held.wait()
+        assert name == 'fused'
+        for _ in range(20):
+            assert torch.equal(outputs(model), expected) and not done
+    thread.join()
+    assert done and active(model) == ['other']
+
+
+def test_with_activation_by_thread_each_thread_gets_the_fused_adapter(monkeypatch):
+    monkeypatch.setenv('USE_UNIQUE_THREAD', '0')
+    model = swift_model(loras())
+    composer = FusionComposer(model)
+    expected, wrong = {}, []
+    for name in loras():
+        composer.compose([name, 'l0'] if name != 'l0' else ['l0'])
+        expected[name] = outputs(model)
+
+    def work(name):
+        for _ in range(10):
+            with composer.fused([name, 'l0'] if name != 'l0' else ['l0']):
+                if not torch.equal(outputs(model), expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=[name]) for name in expected]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+@pytest.mark.parametrize('merge_method, rank', [('fusion', 4), ('mixture', 12), ('selection', 4)])
+def test_after_reserving_nothing_grows_and_no_address_changes(model, merge_method, rank, caplog):
+    composer = FusionComposer(model, merge_method)
+    before = active(model)
+    composer.reserve(max_sources=3)
+    assert active(model) == before
+    caplog.clear()
+    addresses = [(id(parameter), parameter.data_ptr()) for parameter in model.parameters()]
+    for sources in (['l0'], ['l0', 'l1', 'l2'], ['l3', 'l2']):
+        composer.compose(sources)
+    assert [(id(parameter), parameter.data_ptr()) for parameter in model.parameters()] == addresses
+    assert {layer.r['fused'] for layer in layers(model).values()} == {rank}
+    assert not caplog.records
+
+
+def test_reserving_covers_the_layers_of_all_adapters_and_changes_no_output(caplog):
+    model = swift_model({
+        **loras(2, target_modules=['q_proj']),
+        'wide': loras(1, r=9)['l0'],
+    })
+    composer = FusionComposer(model, 'mixture')
+    composer.compose(['l0', 'l1'])
+    expected = outputs(model)
+    composer.reserve()
+    torch.testing.assert_close(outputs(model), expected)
+    caplog.clear()
+    composer.compose(['l0', 'l1', 'wide'])
+    assert not caplog.records
+    assert_close_deltas(model, 'fused', fresh(model, ['l0', 'l1', 'wide'], [1 / 3] * 3, 'cat'))
+
+
+@pytest.mark.parametrize('arguments, error, message', [
+    (dict(merge_method='blend'), ValueError, 'blend'),
+    (dict(combination_type='blend'), ValueError, 'blend'),
+    (dict(combination_type='ties'), ValueError, 'density'),
+    (dict(merge_method='selection', combination_type='cat'), ValueError, 'selection'),
+    (dict(adapter_name='l0'), ValueError, 'trained'),
+    (dict(density=-1), ValueError, '-1'),
+])
+def test_bad_arguments_are_refused_at_once(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        FusionComposer(model, **arguments)
+
+
+@pytest.mark.parametrize('sources, weights, error', [
+    (['l0', 'nobody'], None, ValueError),
+    ([], None, ValueError),
+    ({}, None, ValueError),
+    ('l0', None, TypeError),
+    (None, None, TypeError),
+    (['l0'], [1, 2], ValueError),
+    ({
+        'l0': 1.0
+    }, [1.0], TypeError),
+    ({
+        'l0': math.nan
+    }, None, ValueError),
+    (['l0', 'fused'], None, ValueError),
+])
+def test_bad_sources_are_refused_and_change_nothing(model, sources, weights, error):
+    composer = FusionComposer(model)
+    composer.compose(['l1', 'l2'])
+    before = state(model)
+    with pytest.raises(error):
+        composer.compose(sources, weights)
+    assert_same_state(state(model), before)
+
+
+def test_a_model_without_adapters_or_patch_is_refused():
+    with pytest.raises(TypeError, match='Qwen2ForCausalLM'):
+        FusionComposer(qwen2())
+    model = swift_model(loras())
+    composer = FusionComposer(model)
+    with stock():
+        with pytest.raises(RuntimeError, match='apply'):
+            FusionComposer(model)
+        with pytest.raises(RuntimeError, match='apply'):
+            composer.compose(['l0'])
+
+
+def test_a_hundred_compositions_do_not_make_a_compiled_model_compile_again():
+    model = swift_model(loras())
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    composer = FusionComposer(compiled, 'mixture')
+    composer.reserve(max_sources=3)
+    composer.compose(['l0'])
+    outputs(compiled)
+    frames = counter.frame_count
+    for i in range(100):
+        composer.compose([f'l{(i + j) % 4}' for j in range(1 + i % 3)], [0.1 * i, 1.0, -0.3][:1 + i % 3])
+        torch.testing.assert_close(outputs(compiled), outputs(model), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == frames > 0
+
+
+def test_ten_thousand_compositions_leave_no_more_tensors_modules_or_memory(build):
+    model = build(target_modules=['q_proj'])
+    composer = FusionComposer(model)
+    names = list(loras())
+
+    def count():
+        gc.collect()
+        found = gc.get_objects()
+        return [sum(isinstance(thing, kind) for thing in found) for kind in (torch.Tensor, nn.Module)]
+
+    for i in range(1000):
+        composer.compose([names[i % 4], names[(i + 1) % 4]], [i + 1, 1.0])
+    before, memory = count(), psutil.Process().memory_info().rss
+    for i in range(10_000):
+        composer.compose([names[i % 4], names[(i + 1) % 4]], [i + 1, 1.0])
+    assert count() == before
+    assert psutil.Process().memory_info().rss < memory + 2**23
+
+
+def test_a_dropped_model_is_collected():
+    model = swift_model(loras())
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    reference = weakref.ref(model.model)
+    del model, composer
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize('merge_method', ['mixture', 'selection'])
+def test_mixture_and_selection_mean_the_outputs_also_with_rslora(build, merge_method):
+    model = build(use_rslora=True, r=[4, 4, 4, 4])
+    FusionComposer(model, merge_method).compose({'l0': 0.7, 'l2': 0.3})
+    for name, delta in deltas(model, 'fused').items():
+        l0, l2 = deltas(model, 'l0')[name], deltas(model, 'l2')[name]
+        expected = l0 if merge_method == 'selection' else 0.7 * l0 + 0.3 * l2
+        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_adapter_that_was_written_through_data_is_noticed(model):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        layer.lora_A['l0'].weight.data.copy_(layer.lora_A['l3'].weight)
+        layer.lora_B['l0'].weight.data.copy_(layer.lora_B['l3'].weight)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        torch.testing.assert_close(layer.lora_A['fused'].weight,
+                                   (layer.lora_A['l3'].weight + layer.lora_A['l1'].weight) / 2)
+
+
+def test_what_a_block_holds_cannot_be_replaced_inside_of_it(model):
+    composer = FusionComposer(model)
+    with composer.fused(['l0', 'l1']):
+        expected = outputs(model)
+        with composer.fused(['l0', 'l1']):
+            pass
+        with pytest.raises(RuntimeError, match='l0.*l1'):
+            composer.compose(['l2', 'l3'])
+        with pytest.raises(RuntimeError), FusionComposer(model, adapter_name='other').fused(['l2']):
+            pass
+        assert torch.equal(outputs(model), expected)
+    composer.compose(['l2', 'l3'])
+
+
+def test_a_model_with_an_adapter_merged_into_the_base_weights_is_refused(model):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    for layer in layers(model).values():
+        layer.merge(adapter_names=['l3'])
+    with pytest.raises(ValueError, match='unmerge'):
+        composer.compose(['l0', 'l1'])
+
+
+def test_a_first_composition_that_cannot_be_activated_leaves_no_adapter(model, monkeypatch):
+    composer = FusionComposer(model)
+    monkeypatch.setattr(FusionComposer, '_activate', lambda self: {}['interrupted'])
+    with pytest.raises(KeyError):
+        composer.compose(['l0', 'l1'])
+    monkeypatch.undo()
+    assert not [name for name in state(model) if 'fused' in name]
+    composer.compose(['l0', 'l1'])
+    assert active(model) == ['fused']
+
+
+def test_reserving_with_an_offloaded_fused_adapter_keeps_it(monkeypatch):
+    model = swift_model(loras())
+    composer = FusionComposer(model, 'mixture')
+    composer.compose(['l0', 'l1'])
+    expected = outputs(model)
+    model.set_active_adapters('l3', offload='meta')
+    composer.reserve(max_sources=3)
+    model.set_active_adapters('fused')
+    torch.testing.assert_close(outputs(model), expected)
+
+
+def test_sources_that_stay_offloaded_can_be_composed_again_and_again():
+    model = swift_model(loras())
+    composer = FusionComposer(model)
+    composer.compose(['l2'])
+    model.set_active_adapters('fused', offload='meta')
+    for sources in (['l0', 'l1'], ['l0', 'l1'], ['l1', 'l3'], ['l0', 'l1']):
+        composer.compose(sources)
+    model.set_active_adapters(['l0', 'l1'])
+    for layer in layers(model).values():
+        assert layer.lora_A['l3'].weight.is_meta
+        torch.testing.assert_close(layer.lora_B['fused'].weight,
+                                   (layer.lora_B['l0'].weight + layer.lora_B['l1'].weight) / 2)
+
+
+def test_reserving_leaves_layers_that_were_switched_directly(monkeypatch):
+    model = swift_model(loras())
+    model.set_active_adapters('l1')
+    list(layers(model).values())[2].set_activation('l2', True)
+    before = [layer.active_adapters for layer in layers(model).values()]
+    FusionComposer(model).reserve()
+    assert [layer.active_adapters for layer in layers(model).values()] == before
+
+
+def test_reserving_for_svd_covers_a_single_source_too(model, caplog):
+    composer = FusionComposer(model, combination_type='svd', svd_rank=2)
+    composer.reserve()
+    caplog.clear()
+    composer.compose(['l0', 'l1'])
+    composer.compose(['l2'])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('arguments, error', [
+    (dict(adapters=['l0', 'nobody']), ValueError),
+    (dict(adapters='l0'), TypeError),
+    (dict(adapters=[]), ValueError),
+    (dict(max_sources=0), ValueError),
+    (dict(max_sources='x'), ValueError),
+])
+def test_bad_arguments_to_reserve_are_refused_and_change_nothing(model, arguments, error):
+    before = state(model)
+    with pytest.raises(error):
+        FusionComposer(model).reserve(**arguments)
+    assert_same_state(state(model), before)
