@@ -6,7 +6,7 @@ from typing import Callable, Iterator
 
 
 @contextmanager
-def told_as(what: str) -> Iterator[None]:
+def os_errors_as(what: str) -> Iterator[None]:
     """Turns an OSError into a ValueError that tells what could not be done."""
     try:
         yield
@@ -16,7 +16,7 @@ def told_as(what: str) -> Iterator[None]:
 
 def check_writable(path: Path) -> None:
     """Raises ValueError where a file cannot be written, also in folders that are yet to be made. Writes nothing."""
-    with told_as(f'Cannot write {path}'):
+    with os_errors_as(f'Cannot write {path}'):
         if path.is_dir():
             raise ValueError(f'Cannot write {path}: it is a folder.')
         folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -45,7 +45,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         ValueError: It cannot be written. Whatever was at `path` is still there.
     """
     tmp = path.with_name(f'.{os.getpid()}.tmp{path.suffix}')
-    with told_as(f'Cannot write {path}'):
+    with os_errors_as(f'Cannot write {path}'):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(tmp)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from swift_patch.patching import reverted as stock
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Conv1D, Qwen2Config, Qwen2ForCausalLM
@@ -13,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 # Applies the patch, for all tests that build a model.
 import swift_patch  # noqa: F401
+from swift_patch.patching import reverted as stock
 
 SOURCES, WEIGHTS = ['l2', 'l0', 'l1'], [0.5, 0.2, 0.3]
 PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
@@ -128,7 +128,7 @@ def write_checkpoints(folder: Path, count: int = 5, **changes: Any) -> Tuple[str
     Returns:
         The folder of the model, and by format the folder of each LoRA by its name.
     """
-    from swift_patch.demo.tiny_model import build_tiny_qwen2
+    from swift_patch.synthetic.tiny_model import build_tiny_qwen2
     model_dir = build_tiny_qwen2(folder / 'model', hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1)
     paths = {}
     for kind, build, cls in (('swift', swift_model, LoRAConfig), ('peft', peft_model, LoraConfig)):

@@ -1,5 +1,5 @@
 """The tests would notice: each of these deliberate defects, put into a copy of the package, makes some test fail."""
-import forked
+import forkserver
 import pytest
 import shutil
 import sys
@@ -146,7 +146,7 @@ def run_tests(package: Path, selections: List[Tuple[str, str]]) -> None:
 def outcome(root: Path, selections: List[Tuple[str, str]]) -> Tuple[int, str]:
     """The exit code of `run_tests` on the copy in `root`, and what was printed."""
     log = root / 'log.txt'
-    process = forked.start(run_tests, log, root / 'swift_patch', selections)
+    process = forkserver.start(run_tests, log, root / 'swift_patch', selections)
     process.join(DEADLINE)
     assert process.exitcode is not None, log.read_text()[-3000:]
     return process.exitcode, log.read_text()

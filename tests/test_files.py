@@ -3,7 +3,7 @@ import os
 import pytest
 from pathlib import Path
 
-from swift_patch.files import check_writable, told_as, write_whole
+from swift_patch.files import check_writable, os_errors_as, write_whole
 
 
 def test_a_file_is_put_in_place_whole_with_its_folders(tmp_path: Path) -> None:
@@ -58,5 +58,5 @@ def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
 
 
 def test_an_error_without_a_text_of_the_system_is_told() -> None:
-    with pytest.raises(ValueError, match='^Cannot do it: no reason.$'), told_as('Cannot do it'):
+    with pytest.raises(ValueError, match='^Cannot do it: no reason.$'), os_errors_as('Cannot do it'):
         raise OSError('no reason')

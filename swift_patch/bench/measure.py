@@ -17,12 +17,12 @@ from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, Lis
                     Sequence, Set, Tuple)
 
 from ..compose.composer import FusionComposer
-from ..inference.adapters import AdapterCheckpoint, check_base_model, find_checkpoints
+from ..inference.checkpoints import AdapterCheckpoint, check_base_model, find_checkpoints
 from ..inference.engine import load_engine, swift_arguments
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.compiled import compile_merging
 from ..patching import reverted, why_not_applied
-from .synthetic import write_synthetic
+from ..synthetic.adapters import write_synthetic
 
 Compose = Callable[[List[str], List[float]], Any]
 # (what is done, how many times) -> a context that yields what is to be called after each time.

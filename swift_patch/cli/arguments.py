@@ -3,10 +3,11 @@ import argparse
 import math
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
-from ..lora.combination import COMBINATION_TYPES
+from ..lora import combination
 
 # Handed to ms-swift as they are; one that is not given is left to ms-swift.
 MODEL_OPTIONS = ('model', 'model_type', 'model_revision', 'use_hf', 'torch_dtype', 'device_map', 'attn_impl')
+COMBINATION_TYPES = tuple(combination.COMBINATION_TYPES)
 COMPOSER_OPTIONS = ('combination_type', 'density', 'svd_rank', 'majority_sign_method')
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..files import check_replaceable, write_whole
-from ..inference.adapters import parse_adapters
+from ..inference.checkpoints import parse_adapters
 from .arguments import (COMBINATION_TYPES, COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_combination,
                         add_model_group, given, number)
 from .doctor import versions

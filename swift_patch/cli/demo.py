@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.report import draw_latency, latency_table
     from ..demo import compare, report
     from ..demo.tasks import TASK_NAMES, build_tasks, mixed_samples, write_jsonl
-    from ..demo.tiny_model import build_tiny_qwen2
     from ..demo.training import pretrain_base, train_adapter
+    from ..synthetic.tiny_model import build_tiny_qwen2
 
     # So small a model gains nothing from more threads, and loses much where they share a core with others.
     torch.set_num_threads(1)
@@ -83,17 +83,17 @@ def run(args: argparse.Namespace) -> int:
                 advance()
         with stage(console, 'Stock: an adapter per sample', len(samples)) as advance:
             stock = compare.answer_with_stock(
-                compare.Town(model_dir, adapters), samples, advance, max_seconds=args.stock_seconds)
-        town = compare.Town(model_dir, adapters)
+                compare.TaskEngine(model_dir, adapters), samples, advance, max_seconds=args.stock_seconds)
+        engine = compare.TaskEngine(model_dir, adapters)
         with stage(console, 'Patch: one adapter, refilled', len(samples)) as advance:
             patch = compare.answer_with_patch(
-                town, samples, advance, combination_type=compare.COMPARED_TYPE, adapter_name='compared')
+                engine, samples, advance, combination_type=compare.COMPARED_TYPE, adapter_name='compared')
         answers = {}
         with stage(console, 'Each merge method', 4 * len(samples)) as advance:
-            answers['base'] = compare.answer_with_base(town, samples, advance)
+            answers['base'] = compare.answer_with_base(engine, samples, advance)
             for method in ('selection', 'fusion', 'mixture'):
                 answers[method] = compare.answer_with_patch(
-                    town, samples, advance, merge_method=method, adapter_name=method)
+                    engine, samples, advance, merge_method=method, adapter_name=method)
         answers[compare.COMPARED_TYPE] = patch
 
     draw_latency(stock.seconds, patch.seconds, args.output_dir / 'latency.png',

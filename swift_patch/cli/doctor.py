@@ -8,6 +8,7 @@ from rich.table import Table
 from typing import Dict
 
 from swift_patch import patching
+from swift_patch.patching import releases
 
 PLUGIN = Path(__file__).resolve().parent.parent / 'external_plugin' / 'swift_patch_plugin.py'
 _PACKAGES = ('swift-patch', 'ms-swift', 'peft', 'transformers', 'torch')
@@ -32,11 +33,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     table = Table('package', 'version', 'supported', title='Versions', title_justify='left')
     for package, version in versions().items():
-        table.add_row(package, version, str(patching.SUPPORTED.get(package, '')))
+        table.add_row(package, version, str(releases.SUPPORTED.get(package, '')))
     console.print(table)
 
     reason = patching.why_not_applied()
-    if patching.unsupported() is None:
+    if releases.unsupported() is None:
         for module in dict.fromkeys(patch.after for patch in patching.PATCHES):
             importlib.import_module(module)
 
@@ -59,7 +60,7 @@ def versions() -> Dict[str, str]:
     return {
         'python': platform.python_version(),
         **{
-            package: patching.installed(package) or 'not installed'
+            package: releases.installed(package) or 'not installed'
             for package in _PACKAGES
         }
     }

@@ -3,15 +3,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ..inference.config import ANSWER_OPTIONS
 from .arguments import (COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_bool, add_combination, add_model_group,
                         given, number)
 
 if TYPE_CHECKING:
-    from swift_patch.inference.run import InferSummary
+    from swift_patch.inference.config import InferSummary
 
-SWIFT_OPTIONS = (*MODEL_OPTIONS, 'template', 'system', 'max_length', 'truncation_strategy', 'response_prefix',
-                 'enable_thinking', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty',
-                 'num_beams', 'stop_words', 'logprobs', 'top_logprobs', 'seed')
+SWIFT_OPTIONS = (*MODEL_OPTIONS, *ANSWER_OPTIONS)
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -72,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0, 2 after a user's mistake (told on stderr), or 130 where it was interrupted.
     """
-    from swift_patch.inference.adapters import parse_adapters
-    from swift_patch.inference.run import InferConfig, run_infer
+    from swift_patch.inference.checkpoints import parse_adapters
+    from swift_patch.inference.config import InferConfig
+    from swift_patch.inference.run import run_infer
     try:
         config = InferConfig(
             adapters=parse_adapters(args.adapters),

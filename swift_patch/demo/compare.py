@@ -4,11 +4,11 @@ from typing import Any, Callable, Dict, List, Sequence
 
 import swift_patch
 from ..bench.measure import seconds_composing, stock_composing
-from ..inference.adapters import find_checkpoints
+from ..inference.checkpoints import find_checkpoints
 from ..inference.engine import load_engine
-from .quiet import hush
+from ..quiet import silenced
+from ..synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 from .tasks import Sample
-from .tiny_model import MODEL_TYPE, TEMPLATE
 
 # What stock has, too: the one type with which both paths can be compared on the paper's kind of fusion.
 COMPARED_TYPE = 'linear'
@@ -26,7 +26,7 @@ class Answers:
     seconds: List[float] = field(default_factory=list)
 
 
-class Town:
+class TaskEngine:
     """The base model with the LoRAs of all tasks, in ms-swift's own engine.
 
     Args:
@@ -36,7 +36,7 @@ class Town:
 
     def __init__(self, model_dir: str, adapters: Dict[str, str]):
         from ..ms_swift import BaseArguments
-        with hush():
+        with silenced():
             args = BaseArguments(
                 model=model_dir,
                 model_type=MODEL_TYPE,
@@ -77,25 +77,27 @@ class Town:
         return answers
 
 
-def answer_with_stock(town: Town, samples: Sequence[Sample], advance: Callable[[], Any], max_seconds: float) -> Answers:
+def answer_with_stock(engine: TaskEngine, samples: Sequence[Sample], advance: Callable[[], Any],
+                      max_seconds: float) -> Answers:
     """Answers as users of stock ms-swift do: a new fused adapter for every sample. The patch is off meanwhile."""
-    with stock_composing(town.model, combination_type=COMPARED_TYPE) as compose:
-        return town.answer(samples, compose, advance, max_seconds)
+    with stock_composing(engine.model, combination_type=COMPARED_TYPE) as compose:
+        return engine.answer(samples, compose, advance, max_seconds)
 
 
-def answer_with_patch(town: Town, samples: Sequence[Sample], advance: Callable[[], Any], **options: Any) -> Answers:
+def answer_with_patch(engine: TaskEngine, samples: Sequence[Sample], advance: Callable[[], Any],
+                      **options: Any) -> Answers:
     """Answers with one fused adapter, refilled for every sample.
 
     Args:
-        town: The model.
+        engine: The model.
         samples: The samples.
         advance: Is called after each sample.
         **options: Those of `FusionComposer`.
     """
-    composer = swift_patch.FusionComposer(town.model, **options)
-    return town.answer(samples, composer.compose, advance)
+    composer = swift_patch.FusionComposer(engine.model, **options)
+    return engine.answer(samples, composer.compose, advance)
 
 
-def answer_with_base(town: Town, samples: Sequence[Sample], advance: Callable[[], Any]) -> Answers:
+def answer_with_base(engine: TaskEngine, samples: Sequence[Sample], advance: Callable[[], Any]) -> Answers:
     """Answers with no adapter at all."""
-    return town.answer(samples, lambda adapters, weights: town.model.set_active_adapters([]), advance)
+    return engine.answer(samples, lambda adapters, weights: engine.model.set_active_adapters([]), advance)

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple, Union
 
-from .quiet import hush
-from .tiny_model import MODEL_TYPE, TEMPLATE
+from ..quiet import silenced
+from ..synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def pretrain_base(model_dir: Union[str, Path],
     from torch.nn.functional import cross_entropy
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with hush():
+    with silenced():
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         model = AutoModelForCausalLM.from_pretrained(model_dir).float()
     rows = [_encode(tokenizer, sample) for sample in samples]
@@ -76,7 +76,7 @@ def pretrain_base(model_dir: Union[str, Path],
         smoothed_loss = _smooth(smoothed_loss, answer_loss.item())
         if smoothed_loss < target_loss:
             break
-    with hush():
+    with silenced():
         model.save_pretrained(model_dir)
     return smoothed_loss
 
@@ -125,10 +125,10 @@ def train_adapter(model_dir: Union[str, Path],
     if not Path(dataset_file).is_file():
         raise FileNotFoundError(f'`dataset_file` does not exist: {dataset_file}')
 
-    # Outside of `hush`: a log handler made inside would keep writing to the redirected stderr for ever.
+    # Outside of `silenced`: a log handler made inside would keep writing to the redirected stderr for ever.
     from ..ms_swift import TUNER_OPTION, sft_main
 
-    with hush() if quiet else contextlib.nullcontext():
+    with silenced() if quiet else contextlib.nullcontext():
         result = sft_main(
             dict(
                 model=str(model_dir),

@@ -1,7 +1,8 @@
 """ms-swift's own engine around one base model with all adapters loaded."""
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple
 
-from .adapters import AdapterCheckpoint, load_adapters
+from .checkpoints import AdapterCheckpoint
+from .loading import load_adapters
 
 if TYPE_CHECKING:
     from ..ms_swift import BaseArguments, TransformersEngine

@@ -168,7 +168,7 @@ def switch_adapters(view: View, activate: AbstractSet[str], deactivate: Abstract
         for name in [name for name, is_active in states.items() if is_active and name in deactivate]:
             layer.set_activation(name, False)
         right = dict(layer._thread_inf.get(thread, {}))
-    holders = [holder for layer in view.instances(LoRAActivationMixin) for holder in adapter_modules(layer)]
+    holders = adapter_modules(view.instances(LoRAActivationMixin))
     move_adapters(holders, activate, None)
     if offload:
         move_adapters(holders, deactivate, offload)

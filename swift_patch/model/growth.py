@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterable, Mapping, Set
 
 from ..lora.factors import Factors, padded
 from .adapters import Adapters
-from .layers import adapter_containers, factors_of, groups_of, scaling_of
+from .layers import adapter_containers, factors_of, groups_of, scalings_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,35 +20,35 @@ _DESCRIBED = ('r', 'lora_alpha', 'alpha_pattern', 'rank_pattern', 'target_module
               'layers_pattern', 'exclude_modules')
 
 
-def grow(adapters: Adapters, name: str, rank: int, lacking: Mapping[str, str], undo: ExitStack) -> None:
+def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], undo: ExitStack) -> None:
     """Makes sure that a fused adapter has a rank and certain layers. What it computes stays the same.
 
-    Where something is lacking, its parameters become new objects, which is logged.
+    Where something is missing, its parameters become new objects, which is logged.
 
     Args:
         adapters: the adapters of the model.
         name: the fused adapter.
         rank: the rank that it shall have at least.
-        lacking: the layers that it shall have besides, each with an adapter to make it like.
+        missing: the layers that it shall have besides, each with an adapter to make it like.
         undo: takes what undoes it.
     """
     found, config = adapters.factors(name), adapters.configs[name]
     old_rank = found.layout.rank
-    if rank <= old_rank and not lacking:
+    if rank <= old_rank and not missing:
         return
     old = dict(zip(found.layout.names, found.layers))
     layers = dict(adapters.layers)
     # One rank for all layers, as the config has it, and in every layer it must be divisible by the groups.
-    multiple = math.lcm(*(groups_of(layers[layer_name]) for layer_name in (*old, *lacking)))
+    multiple = math.lcm(*(groups_of(layers[layer_name]) for layer_name in (*old, *missing)))
     rank = math.ceil(max(rank, old_rank) / multiple) * multiple
     logger.warning(
-        f'Adapter {name!r} grows, rank {old_rank} -> {rank}, layers {len(old)} -> {len(old) + len(lacking)}: '
+        f'Adapter {name!r} grows, rank {old_rank} -> {rank}, layers {len(old)} -> {len(old) + len(missing)}: '
         'its parameters there are new objects, which compiled or captured graphs do not know.')
     for (A, _), layer in zip(found.layout.shapes, found.layers):
         if A[0] < rank:
             _install(layer, name, name, rank, undo)
     scaling = found.layers[0].scaling[name]
-    for layer_name, like in lacking.items():
+    for layer_name, like in missing.items():
         layer = layers[layer_name]
         _install(layer, name, like, rank, undo)
         # One tensor may not be the scaling of two layers: each is changed in place.
@@ -56,8 +56,8 @@ def grow(adapters: Adapters, name: str, rank: int, lacking: Mapping[str, str], u
         layer.use_rslora[name], layer.use_dora[name] = config.use_rslora, False
     for attribute in _DESCRIBED:
         undo.callback(setattr, config, attribute, getattr(config, attribute, None))
-    if lacking:
-        config.target_modules = _targets({*old, *lacking}, adapters.view.index.names)
+    if missing:
+        config.target_modules = _targets({*old, *missing}, adapters.view.index.names)
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     adapters.changed(name)
     describe(adapters, name, config, rank)
@@ -71,9 +71,9 @@ def describe(adapters: Adapters, name: str, config: LoraConfig, rank: int) -> No
     layers = {layer_name: layer for layer_name, layer in adapters.layers if factors_of(layer, name)}
     root = math.sqrt(rank) if config.use_rslora else rank
     alphas = {}
-    for layer_name, layer in layers.items():
+    for (layer_name, layer), scaling in zip(layers.items(), scalings_of(list(layers.values()), name)):
         # Whole numbers are what people write, and what rounding nearly gives back.
-        alpha = scaling_of(layer, name) * root
+        alpha = scaling * root
         alpha = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
         layer.lora_alpha[name] = alphas[layer_name] = alpha
     config.r, config.rank_pattern = rank, {}

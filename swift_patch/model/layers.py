@@ -2,7 +2,7 @@
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 from ..lora.factors import Factors
 
@@ -23,10 +23,12 @@ class Holder(NamedTuple):
     modules: Dict[str, nn.Module]
 
 
-def adapter_modules(layer: LoraLayer) -> List[Holder]:
-    """Returns every `ModuleDict` of `layer` that is keyed by adapter."""
-    children = {name: layer._modules.get(name) for name in layer.adapter_layer_names}
-    return [Holder(layer, name, child._modules) for name, child in children.items() if isinstance(child, nn.ModuleDict)]
+def adapter_modules(layers: Iterable[LoraLayer]) -> List[Holder]:
+    """Returns every `ModuleDict` of some layers that is keyed by adapter."""
+    return [
+        Holder(layer, name, child._modules) for layer in layers for name in layer.adapter_layer_names
+        if isinstance(child := layer._modules.get(name), nn.ModuleDict)
+    ]
 
 
 def adapter_containers(layer: LoraLayer) -> Dict[str, Any]:
@@ -54,10 +56,10 @@ def has_adapter(layer: LoraLayer, adapter: str) -> bool:
     return adapter in children['lora_A']._modules or adapter in children['lora_embedding_A']._parameters
 
 
-def scaling_of(layer: LoraLayer, adapter: str) -> float:
-    """Returns the scaling of `adapter` in `layer`. PEFT keeps it in a tensor where adapters are hot-swapped."""
-    scaling = layer.scaling[adapter]
-    return scaling if type(scaling) is float else float(scaling)
+def scalings_of(layers: Sequence[LoraLayer], adapter: str) -> List[float]:
+    """Returns the scaling of `adapter` in each layer. PEFT keeps it in a tensor where adapters are hot-swapped."""
+    scalings = [layer.scaling[adapter] for layer in layers]
+    return scalings if set(map(type, scalings)) == {float} else list(map(float, scalings))
 
 
 def groups_of(layer: LoraLayer) -> int:

@@ -9,11 +9,9 @@ import math
 import torch
 import warnings
 from dataclasses import fields, replace
-from functools import lru_cache
-from operator import attrgetter
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from torch import Tensor, nn
-from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Set, Tuple, Union
 
 from ..errors import short_repr
 from ..lora.changes_base import changes_base
@@ -24,7 +22,7 @@ from .memory import NewAdapter
 # The name of the adapter in the copy.
 _NAME = 'new'
 # What makes a LoRA layer compute something else, or PEFT do something besides: it matters to no layer's being one.
-_PLAIN = {
+_PLAIN: Dict[str, Any] = {
     'init_lora_weights': False,
     'use_dora': False,
     'use_qalora': False,
@@ -70,7 +68,7 @@ def injecting_tuner(adapters: Adapters, model: nn.Module) -> LoraModel:
     """
     tuner = adapters.tuner
     if isinstance(tuner, LoraModel):
-        found = type(tuner).__new__(type(tuner))
+        found: Any = object.__new__(type(tuner))
         found.__dict__ = dict(tuner.__dict__, _modules={**tuner._modules, 'model': model})
         found.active_adapter = copy.copy(tuner.active_adapter)
     else:
@@ -193,12 +191,7 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 def _settings(config: LoraConfig) -> Tuple[Any, ...]:
     """Returns all settings of a config, to be compared by value."""
-    return tuple(map(_hashable, _getter(type(config))(config)))
-
-
-@lru_cache(maxsize=None)
-def _getter(config_class: type) -> Callable[[Any], Tuple[Any, ...]]:
-    return attrgetter(*(item.name for item in fields(config_class)))
+    return tuple(_hashable(getattr(config, item.name)) for item in fields(config))
 
 
 def _hashable(value: Any) -> Any:

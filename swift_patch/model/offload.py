@@ -50,7 +50,7 @@ def on_device(adapters: Adapters, names: Sequence[str]) -> Iterator[Set[str]]:
     from .activation import collect_garbage_once, move_adapters
     with collect_garbage_once(), ExitStack() as stack:
         for layer, name in found:
-            holders = adapter_modules(layer)
+            holders = adapter_modules([layer])
             stack.callback(adapters.changed, name)
             stack.callback(move_adapters, holders, {name}, 'meta')
             move_adapters(holders, {name}, None)

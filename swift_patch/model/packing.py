@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 from ..lora.combination import Form
 from ..lora.factors import Factors, formed
 from .index import View
-from .layers import factors_of, groups_of, has_adapter, is_sharded, is_transposed, scaling_of
+from .layers import factors_of, groups_of, has_adapter, is_sharded, is_transposed, scalings_of
 
 # Two threads that pack one adapter would each get half of it.
 _lock = threading.Lock()
@@ -48,11 +48,11 @@ class Layout:
 
     def __init__(self, view: View, adapter: str):
         kinds: Dict[Any, List[Tuple[int, str, LoraLayer]]] = defaultdict(list)
-        self._lacking = []
+        self._missing = []
         for number, (name, layer) in enumerate(view.layers):
             pair = factors_of(layer, adapter)
             if pair is None:
-                self._lacking.append(number)
+                self._missing.append(number)
             else:
                 of_pair = ((factor.shape, factor.dtype, factor.device) for factor in pair)
                 kind = (*of_pair, groups_of(layer), is_transposed(layer))
@@ -90,7 +90,8 @@ class Layout:
 
     def layers(self, view: View) -> List[LoraLayer]:
         """Returns the layers."""
-        return [view.layers[number][1] for number in self._numbers]
+        layers = view.layers
+        return [layers[number][1] for number in self._numbers]
 
     def find(self, view: View) -> List[Tensor]:
         """Returns the adapter's parameters in the model now: A of each layer, then B of each.
@@ -102,10 +103,8 @@ class Layout:
         if not self._has_embeddings:
             # Past everything that is not a dict: this is most of the time of a small merge.
             children = [layer._modules for layer in layers]
-            return [
-                *(of_layer['lora_A']._modules[name]._parameters['weight'] for of_layer in children),
-                *(of_layer['lora_B']._modules[name]._parameters['weight'] for of_layer in children),
-            ]
+            A = [of_layer['lora_A']._modules[name]._parameters['weight'] for of_layer in children]
+            return A + [of_layer['lora_B']._modules[name]._parameters['weight'] for of_layer in children]
         pairs = [factors_of(layer, name) for layer in layers]
         if None in pairs:
             raise KeyError(name)
@@ -126,7 +125,7 @@ class Layout:
     def is_current(self, view: View, parameters: List[Tensor]) -> bool:
         """Returns whether these parameters, found now, are all, and what and where they were."""
         return (list(map(Tensor.data_ptr, parameters)) == self.addresses and self._facts_of(parameters) == self._facts
-                and not any(has_adapter(view.layers[number][1], self._adapter) for number in self._lacking))
+                and not any(has_adapter(view.layers[number][1], self._adapter) for number in self._missing))
 
     def _facts_of(self, parameters: List[Tensor]) -> List[Any]:
         # The size of the memory, too: separate tensors may come to lie where views of one were.
@@ -145,7 +144,7 @@ class AdapterFactors:
 
     def __init__(self, layout: Layout, parameters: List[Tensor], layers: List[LoraLayer], adapter: str):
         self.layout, self.parameters, self.layers = layout, parameters, layers
-        self.scalings = [scaling_of(layer, adapter) for layer in layers]
+        self.scalings = scalings_of(layers, adapter)
 
     @classmethod
     def of(cls, layouts: Dict[str, Layout], view: View, adapter: str) -> 'AdapterFactors':
@@ -248,6 +247,6 @@ def _is_own(parameters: Sequence[Tensor]) -> bool:
         key = storage._cdata
         # `storage` itself holds it, too. Whatever else does is a tensor: of `state_dict`, of an optimizer's flat
         # buffer, of a second model, of a graph that waits for its backward pass.
-        holders[key] = torch._C._storage_Use_Count(key) - 1  # type: ignore[attr-defined]
+        holders[key] = torch._C._storage_Use_Count(key) - 1
         used[key] += 1
     return used == holders

@@ -227,15 +227,15 @@ def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target:
         name = found.layout.names[found.scalings.index(0)]
         raise ValueError(f'Adapter {target!r} is expected to have a scaling in layer {name!r}, found 0: set it back '
                          'before refilling it.')
-    lacking = plan.layers.keys() - found.layout.places.keys()
+    missing = plan.layers.keys() - found.layout.places.keys()
     for variant in _VARIANTS:
         new, old = (getattr(config, variant, None) for config in (plan.config, adapters.configs[target]))
         if new != old:
             raise ValueError(
                 f'Adapter {target!r} is expected to be refilled from adapters with {variant}={old!r}, as it was made, '
                 f'found {variant}={new!r} of source {sources[0]!r}: make another one by `add_weighted_adapter`.')
-        if new and lacking:
-            raise ValueError(f'Adapter {target!r} is expected to have layers {short_repr(sorted(lacking))} and lacks '
+        if new and missing:
+            raise ValueError(f'Adapter {target!r} is expected to have layers {short_repr(sorted(missing))} and lacks '
                              f'them; it cannot grow, for it has {variant}={old!r}: make another one by '
                              '`add_weighted_adapter`.')
 

@@ -55,8 +55,8 @@ def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> 
                 layer.scaling[name] = batch.scaling
                 if plan.combination.rank != 'sum':
                     # As PEFT: whatever the dtype of the base layer, the new adapter has that of the merge.
-                    for parameter, value in zip(target, merged[batch.names]):
-                        parameter.data = parameter.data.to(value.dtype)
+                    for new, value in zip(target, merged[batch.names]):
+                        new.data = new.data.to(value.dtype)
         describe(adapters, name, config, plan.rank)
         adapters.pack(name, own)
         write(adapters, name, plan, lambda batch, _: merged[batch.names], own)
@@ -84,12 +84,12 @@ def refill(adapters: Adapters, composition: Composition, name: str) -> None:
         plan = plan_merge(adapters, composition)
         check_target(adapters, plan, sources, name)
         places = adapters.factors(name).layout.places
-        lacking = {
+        missing = {
             layer_name: batch.like
             for batch in plan.batches
             for layer_name in batch.names if layer_name not in places
         }
-        grow(adapters, name, max(rank for rank, _ in plan.layers.values()), lacking, undo)
+        grow(adapters, name, max(rank for rank, _ in plan.layers.values()), missing, undo)
         write(adapters, name, prune_at_random(adapters, plan), partial(merge_batch, plan), undo)
         adapters.remember(name, composition.options, plan.config, plan.layers)
         undo.commit()
@@ -104,13 +104,13 @@ def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) 
         rank: the rank that it shall have at least.
         sources: the adapters whose layers it shall have.
     """
-    lacking: Dict[str, str] = {}
+    missing: Dict[str, str] = {}
     for source in sources:
-        lacking.update(dict.fromkeys(adapters.factors(source).layout.names, source))
+        missing.update(dict.fromkeys(adapters.factors(source).layout.names, source))
     for layer_name in adapters.factors(name).layout.names:
-        lacking.pop(layer_name, None)
+        missing.pop(layer_name, None)
     with plain_tensors(adapters), on_device(adapters, [name]), Undo() as undo:
-        grow(adapters, name, rank, lacking, undo)
+        grow(adapters, name, rank, missing, undo)
         for source in sources:
             if not adapters.factors(source).layout.is_meta:
                 adapters.pack(source, undo)

@@ -3,10 +3,6 @@
 Nothing here imports ms-swift or PEFT, but `fixes`, which is imported after them.
 """
 from .apply import apply, in_force, is_applied, needless, revert, reverted, why_not_applied
-from .releases import SUPPORTED, installed, is_supported, unsupported
 from .table import PATCHES, Patch
 
-__all__ = [
-    'PATCHES', 'SUPPORTED', 'Patch', 'apply', 'in_force', 'installed', 'is_applied', 'is_supported', 'needless',
-    'revert', 'reverted', 'unsupported', 'why_not_applied'
-]
+__all__ = ['PATCHES', 'Patch', 'apply', 'in_force', 'is_applied', 'needless', 'revert', 'reverted', 'why_not_applied']

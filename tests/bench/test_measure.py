@@ -10,7 +10,7 @@ import swift_patch
 from swift_patch.bench import measure
 from swift_patch.bench.measure import (BenchConfig, Sample, describe_model, random_samples, run_bench,
                                        seconds_composing, stock_composing)
-from swift_patch.demo.tiny_model import MODEL_TYPE
+from swift_patch.synthetic.tiny_model import MODEL_TYPE
 
 NAMES = ['l0', 'l1', 'l2', 'l3']
 
@@ -136,7 +136,7 @@ def test_ranks_that_stock_refuses_are_told_before_a_model_is_loaded(written: Any
 
 def test_adapters_of_another_model_are_told_before_a_model_is_loaded(written: Any, monkeypatch: pytest.MonkeyPatch,
                                                                      tmp_path: Any) -> None:
-    from swift_patch.demo.tiny_model import build_tiny_qwen2
+    from swift_patch.synthetic.tiny_model import build_tiny_qwen2
     monkeypatch.setattr(measure, 'load_engine', fail)
     config = make_config(written, 'peft')
     config.swift_args['model'] = build_tiny_qwen2(tmp_path / 'other', hidden_size=64, num_layers=2)

@@ -10,7 +10,7 @@ from typing import Any, List
 import swift_patch
 from swift_patch import cli
 from swift_patch.bench import measure
-from swift_patch.demo.tiny_model import MODEL_TYPE
+from swift_patch.synthetic.tiny_model import MODEL_TYPE
 
 NAMES = ['l0', 'l1', 'l2', 'l3']
 

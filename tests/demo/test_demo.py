@@ -7,13 +7,13 @@ from rich.console import Console
 from swift_patch.cli import main
 from swift_patch.demo import compare, report
 from swift_patch.demo.tasks import TASK_NAMES, build_tasks, exact_match, mixed_samples, write_jsonl
-from swift_patch.demo.tiny_model import build_tiny_qwen2
 from swift_patch.demo.training import train_adapter
+from swift_patch.synthetic.tiny_model import build_tiny_qwen2
 
 
 @pytest.fixture(scope='module')
 def town_parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('town')
+    folder = tmp_path_factory.mktemp('engine')
     model_dir = build_tiny_qwen2(folder / 'model', hidden_size=32, num_layers=2)
     adapters = {}
     for name, task in list(build_tasks().items())[:3]:
@@ -30,15 +30,15 @@ def samples(town_parts):
 
 def test_stock_and_patch_give_the_same_answers_and_stock_is_cut_where_it_takes_too_long(town_parts, samples, tmp_path):
     advanced = []
-    stock = compare.answer_with_stock(compare.Town(*town_parts), samples, lambda: advanced.append(1), 1e9)
-    town = compare.Town(*town_parts)
-    patch = compare.answer_with_patch(town, samples, lambda: advanced.append(1), combination_type='linear')
+    stock = compare.answer_with_stock(compare.TaskEngine(*town_parts), samples, lambda: advanced.append(1), 1e9)
+    engine = compare.TaskEngine(*town_parts)
+    patch = compare.answer_with_patch(engine, samples, lambda: advanced.append(1), combination_type='linear')
     assert stock.responses == patch.responses and len(stock.seconds) == len(patch.seconds) == 6
     assert len(advanced) == 12
-    assert list(town.model.adapters)[-1] == 'fused' and len(town.model.adapters) == 4
-    assert len(compare.answer_with_stock(compare.Town(*town_parts), samples, lambda: None, 0.0).responses) == 1
+    assert list(engine.model.adapters)[-1] == 'fused' and len(engine.model.adapters) == 4
+    assert len(compare.answer_with_stock(compare.TaskEngine(*town_parts), samples, lambda: None, 0.0).responses) == 1
 
-    answers = {'base': compare.answer_with_base(town, samples, lambda: None), 'linear': patch}
+    answers = {'base': compare.answer_with_base(engine, samples, lambda: None), 'linear': patch}
     cut = compare.Answers(stock.responses[:4], stock.seconds[:4])
     report.write_results(samples, cut, answers, tmp_path / 'results.jsonl')
     lines = [json.loads(line) for line in Path(tmp_path, 'results.jsonl').read_text().splitlines()]

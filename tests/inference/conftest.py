@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from typing import Dict
 
 from swift_patch.cli.doctor import PLUGIN
-from swift_patch.demo.tiny_model import MODEL_TYPE, TEMPLATE, build_tiny_qwen2
 from swift_patch.ms_swift import TUNER_OPTION
+from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE, build_tiny_qwen2
 
 
 @pytest.fixture(scope='session')

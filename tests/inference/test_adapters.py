@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from types import MappingProxyType
 from typing import Any, Callable, Dict, List, Mapping
 
-from swift_patch.demo.tiny_model import build_tiny_qwen2
-from swift_patch.inference.adapters import (check_base_model, find_checkpoints, load_adapters, lora_parameter_name,
-                                            parse_adapters)
+from swift_patch.inference.checkpoints import check_base_model, find_checkpoints, lora_parameter_name, parse_adapters
+from swift_patch.inference.loading import load_adapters
+from swift_patch.synthetic.tiny_model import build_tiny_qwen2
 
 # Parts of parameter names, attributes of torch's containers and of modules, and what torch allows in no name.
 NAMES = ('lora', 'A', 'default', 'lora_A', 'weight', 'keys', 'half', 'model', 'a.b', 'q_proj')

@@ -1,5 +1,5 @@
 """Killed again and again at random moments of every phase, and resumed each time, a run ends as if undisturbed."""
-import forked
+import forkserver
 import json
 import os
 import pytest
@@ -89,8 +89,8 @@ def die() -> None:
 
 
 def start(log: Path, argv: List[str], num_bytes: int = -1, settings: bool = False) -> Tuple[Any, Any]:
-    receiver, sender = forked.pipe()
-    process = forked.start(infer, log, sender, argv, num_bytes, settings)
+    receiver, sender = forkserver.pipe()
+    process = forkserver.start(infer, log, sender, argv, num_bytes, settings)
     # So that the receiver sees the end of the process.
     sender.close()
     return process, receiver

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from pathlib import Path
 from typing import Any, Callable
 
-from swift_patch.inference import run
+from swift_patch.inference import results
+from swift_patch.inference.config import InferConfig
 from swift_patch.inference.dataset import read_dataset
-from swift_patch.inference.run import InferConfig, ResultFile
+from swift_patch.inference.results import ResultFile
 
 SETTINGS = {'model': 'm', 'temperature': 1.0, 'adapter A': '0123'}
 LONG = 'x' * 1_000_000
@@ -25,9 +26,9 @@ def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Resu
     samples = read_dataset(dataset, config.adapters)
     with open(path, 'wb') as file:
         for finished in samples:
-            run._write_line(file, run._result_line(config, finished, 'answer', None))
+            results.write_line(file, results.result_line(config, finished, 'answer', None))
     Path(f'{path}.args.json').write_text(json.dumps(SETTINGS))
-    monkeypatch.setattr(run, '_settings', lambda *args: SETTINGS)
+    monkeypatch.setattr(results, '_settings', lambda *args: SETTINGS)
     return lambda: ResultFile(config, None, samples, [])
 
 

@@ -13,10 +13,11 @@ from typing import Any, Callable, Dict, List
 
 from swift_patch import cli
 from swift_patch.cli.infer import add_parser
-from swift_patch.demo.tiny_model import MODEL_TYPE, TEMPLATE
 from swift_patch.inference import run as run_module
+from swift_patch.inference.config import InferConfig
 from swift_patch.inference.dataset import DatasetError
-from swift_patch.inference.run import InferConfig, run_infer
+from swift_patch.inference.run import run_infer
+from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 
 USER = {'role': 'user', 'content': 'hello'}
 SAMPLES = [
@@ -153,7 +154,7 @@ import swift_patch
 from swift_patch.inference import run
 
 num_lines, num_bytes = map(int, sys.argv[2:])
-write_line, written = run._write_line, []
+write_line, written = run.write_line, []
 
 def write_line_or_die(file, line):
     if len(written) == num_lines:
@@ -163,7 +164,7 @@ def write_line_or_die(file, line):
     write_line(file, line)
     written.append(line)
 
-run._write_line = write_line_or_die
+run.write_line = write_line_or_die
 run.run_infer(run.InferConfig(**json.loads(sys.argv[1])))
 """
 

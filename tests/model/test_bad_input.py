@@ -18,8 +18,8 @@ from peft import PromptTuningConfig, get_peft_model
 from swift.tuners import SwiftModel
 from torch import nn
 
-from swift_patch.model.adapters import Adapters
 from swift_patch.compose.composer import FusionComposer
+from swift_patch.model.adapters import Adapters
 
 
 class Boom(Exception):

@@ -9,8 +9,8 @@ from swift.tuners import SwiftModel
 from swift.tuners.utils import OffloadHelper, SwiftAdapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swift_patch.model import activation
 from swift_patch.compose.composer import FusionComposer
+from swift_patch.model import activation
 
 TARGETS = ['q_proj', 'down_proj']
 TYPES = {'average': {}, **PEFT_TYPES}

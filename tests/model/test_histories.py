@@ -22,8 +22,8 @@ from swift.tuners import utils as swift_utils
 from swift.tuners.utils import OffloadHelper, SwiftAdapter
 from torch import nn
 
-from swift_patch.model import activation
 from swift_patch.compose.composer import FusionComposer
+from swift_patch.model import activation
 from swift_patch.model.layers import adapter_containers, factors_of
 
 STEPS_PER_HISTORY = 14

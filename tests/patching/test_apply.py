@@ -85,9 +85,10 @@ def test_it_is_not_in_force_after_revert(code):
 
 
 def test_the_public_names_are_those_of_the_package():
-    from swift_patch.lora import compiled, composer
+    from swift_patch.compose import composer
+    from swift_patch.lora import compiled
     assert swift_patch.FusionComposer is composer.FusionComposer
-    assert swift_patch.compile_merging is compiling.compile_merging
+    assert swift_patch.compile_merging is compiled.compile_merging
 
 
 def test_peft_alone_is_patched_without_ms_swift():
@@ -130,7 +131,7 @@ def test_where_stock_is_wanted_what_it_cannot_run_without_stays():
     with patching.reverted():
         assert not swift_patch.is_applied()
         changed = {patch for patch, value in attributes().items() if value is not stock[patch]}
-        assert changed == {patch for patch in needed if patch.is_mend}
+        assert changed == {patch for patch in needed if patch.is_fix}
     assert swift_patch.is_applied() and set(patching.in_force()) == needed
 
 
@@ -156,7 +157,10 @@ def test_what_takes_no_arguments_takes_none(call):
     assert swift_patch.is_applied() and {*patching.in_force(), *patching.needless()} == set(patching.PATCHES)
 
 
-@pytest.mark.parametrize('module', ['activation', 'adapters', 'compat', 'composer', 'lora_index', 'plan', 'weighted'])
+@pytest.mark.parametrize('module', [
+    'model.activation', 'model.adapters', 'model.index', 'model.methods', 'model.plan', 'compose.composer',
+    'lora.merging', 'patching.fixes'
+])
 def test_it_is_in_force_whichever_of_its_modules_is_imported_first(module):
-    report = run(f'import swift_patch.weighted_adapter.{module}\nimport swift.tuners.base')
+    report = run(f'import swift_patch.{module}\nimport swift.tuners.base')
     assert report['in force'] == report['all']

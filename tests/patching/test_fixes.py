@@ -99,7 +99,7 @@ def test_all_that_peft_demands_is_given():
 
 def stock_create_new_module():
     """What ms-swift has itself, whether it is mended or not."""
-    [patch] = [patch for patch in patching.PATCHES if patch.source == 'fixes:create_new_module']
+    [patch] = [patch for patch in patching.PATCHES if patch.source == 'patching.fixes:create_new_module']
     return inspect.unwrap(vars(LoraModel)[patch.target.split('.')[1]].__func__)
 
 

@@ -9,18 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import swift_patch
-from swift_patch import cli, patching, releases
+from swift_patch import cli, patching
+from swift_patch.patching import releases
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PYPROJECT = Path(__file__).parent.parent / 'pyproject.toml'
+PYPROJECT = Path(__file__).parents[2] / 'pyproject.toml'
 # Claims a release before anything asks for it.
 CLAIM = '''
 import swift_patch
-from swift_patch import patching, releases
+from swift_patch import patching
+from swift_patch.patching import releases
 installed = releases.installed
 releases.installed = lambda package: {claimed!r}.get(package) or installed(package)
 '''

@@ -3,8 +3,8 @@ import torch
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
-from ..demo.quiet import hush
-from ..demo.tiny_model import MODEL_TYPE, build_tiny_qwen2
+from ..quiet import silenced
+from .tiny_model import MODEL_TYPE, build_tiny_qwen2
 
 NUM_ADAPTERS, RANK = 14, 8
 
@@ -24,7 +24,7 @@ def write_synthetic(folder: Path) -> Tuple[Dict[str, Any], Dict[str, str]]:
     # Of one length: ms-swift looks for an adapter's name anywhere in the names of tensors when it saves.
     names = [f'random_{i:02}' for i in range(NUM_ADAPTERS)]
     targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
-    with hush(), torch.random.fork_rng(devices=[]):
+    with silenced(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         configs = {name: LoRAConfig(r=RANK, target_modules=targets) for name in names}
         model = SwiftModel(AutoModelForCausalLM.from_pretrained(model_dir), configs)

@@ -6,7 +6,7 @@ The directory written here is an ordinary Hugging Face model directory. ms-swift
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from .quiet import hush
+from ..quiet import silenced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,7 +106,7 @@ def build_tiny_qwen2(path: Union[str, Path],
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-    with hush():
+    with silenced():
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     return str(path)
