@@ -10,7 +10,7 @@ from ..lora.combination import MergeOptions
 from ..lora.factors import Factors, is_padding_zero, rescaled, unpadded
 from .index import View
 from .layers import groups_of
-from .memory import FusedRecord, LayersOfNew, Memory
+from .memory import FusedRecord, LayersOfNew, Memory, keep_record, record_of
 from .packing import AdapterFactors, pack
 
 __all__ = ['Adapters', 'config_rank']
@@ -81,7 +81,11 @@ class Adapters:
 
     def is_fused(self, name: str) -> bool:
         """Returns whether `name` was made by `add_weighted_adapter`, so that it may be refilled."""
-        return self.memory.record(name, self.configs.get(name)) is not None
+        return self.record_or_none(name) is not None
+
+    def record_or_none(self, name: str) -> Optional[FusedRecord]:
+        """Returns what the fused adapter `name` was filled with; None where it was not made by a merge."""
+        return record_of(self.model, name, self.configs.get(name))
 
     def record(self, name: str) -> FusedRecord:
         """Returns what the fused adapter `name` was filled with.
@@ -95,7 +99,7 @@ class Adapters:
         if name not in self.configs:
             raise ValueError(f'adapter_name is expected to be one of {sorted(self.configs)}, found {name!r}: make it '
                              'by `add_weighted_adapter` first.')
-        record = self.memory.record(name, self.configs[name])
+        record = self.record_or_none(name)
         if record is None:
             raise ValueError(f'Adapter {name!r} is expected to have been made by `add_weighted_adapter` in this '
                              'process, but was not and may have been trained: refilling would destroy it. Choose '
@@ -104,14 +108,16 @@ class Adapters:
 
     def remember(self, name: str, options: MergeOptions, config: LoraConfig, layers: LayersOfNew) -> None:
         """Records what the fused adapter `name` was filled with, see `FusedRecord`."""
-        self.memory.remember(name, self.configs[name], FusedRecord(options, config, layers))
+        before = self.record_or_none(name)
+        record = FusedRecord(options, config, layers, {} if before is None else before.spare)
+        keep_record(self.model, name, self.configs[name], record)
 
     def record_of_source(self, name: str) -> Optional[FusedRecord]:
         """Returns the record of a source that is a fused adapter; None where it is to be taken as it is.
 
         So is one that holds values where its record says zeros: something else than a refill wrote to it.
         """
-        record = self.memory.record(name, self.configs.get(name))
+        record = self.record_or_none(name)
         if record is None:
             return None
         intact = self._intact.get(name)

@@ -1,21 +1,21 @@
-"""What is remembered of one model. All of it can be found again, but which adapters were made by a merge.
+"""What is remembered of one model, and of its fused adapters.
 
-It lives in the model's `__dict__` and dies with the model. It keeps no module, parameter or config alive, a pickled
-model has none of it, and in a copied model only the records of fused adapters are left.
+All of the former can be found again. It holds no module, parameter or config, dies with the model, and is no part of it:
+neither a copied nor a pickled model has any. The record of a fused adapter is an attribute of the adapter's config. It
+dies with the config, is copied with the model, and is left out of a pickle.
 """
-import copy
-import torch
+import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from peft.tuners.lora import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor, device, nn
 from typing import Any, Dict, FrozenSet, Mapping, Optional, Tuple
 
 from ..lora.combination import MergeOptions
 from .index import LoraIndex, View
 
-_ATTRIBUTE = '_lora_memory'
+_RECORD = '_fused_record'
 # Pairs of configs whose new adapters are remembered; they cost a walk, and may be as many as there are adapters.
 _MAX_NEW = 256
 
@@ -32,10 +32,50 @@ class FusedRecord:
         config: the config that a new adapter would have had then. The adapter's own is that of its first sample.
         layers: the rank and the scaling that a new adapter would have had then, by layer. The parameters may have more
             rank, filled with zeros, and another scaling, made up for in A and B; and other layers hold only zeros.
+        spare: memory for values that are overwritten, by device, see `Undo.reserve`.
     """
     options: MergeOptions
     config: LoraConfig
     layers: LayersOfNew
+    spare: Dict[device, Tensor] = field(default_factory=dict)
+
+
+class _Owned:
+    """A record, with what it is a record of: a config that was copied by itself may be that of another adapter."""
+
+    def __init__(self, model: nn.Module, name: str, config: LoraConfig, record: FusedRecord):
+        self.model, self.name, self.config, self.record = weakref.ref(model), name, weakref.ref(config), record
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> Any:
+        # A tuner copies its model before its configs, and a config before its attributes.
+        model, config = (memo.get(id(ref())) for ref in (self.model, self.config))
+        if model is None or config is None:
+            return None
+        record = FusedRecord(self.record.options, self.record.config, self.record.layers)
+        return _Owned(model, self.name, config, record)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # What was pickled is loaded where this package is not.
+        return bool, ()
+
+
+def record_of(model: nn.Module, name: str, config: Any) -> Optional[FusedRecord]:
+    """Returns the record of a fused adapter, or None where the adapter was not made by a merge.
+
+    Args:
+        model: the model that has its layers.
+        name: its name.
+        config: its config.
+    """
+    found = getattr(config, '__dict__', {}).get(_RECORD)
+    if isinstance(found, _Owned) and found.name == name and found.model() is model and found.config() is config:
+        return found.record
+    return None
+
+
+def keep_record(model: nn.Module, name: str, config: LoraConfig, record: FusedRecord) -> None:
+    """Keeps the record of a fused adapter, see `record_of`."""
+    config.__dict__[_RECORD] = _Owned(model, name, config, record)
 
 
 @dataclass(frozen=True)
@@ -57,26 +97,21 @@ class Memory:
         index: where its modules are.
         layouts: where the factors of each adapter lie, see `packing.Layout`.
         new: what new adapters would be, by the sources' configs, see `new_adapter`.
-        spare: memory for values that are overwritten, by device, see `Undo.reserve`.
     """
 
     def __init__(self) -> None:
         self.index: Optional[LoraIndex] = None
         self.layouts: Dict[str, Any] = {}
         self.new: 'OrderedDict[Any, NewAdapter]' = OrderedDict()
-        self.spare: Dict[torch.device, Tensor] = {}
-        # By name, the config of a fused adapter and its record. An adapter of that name with another config is another
-        # adapter, and may have been trained.
-        self._records: Dict[str, Tuple['weakref.ref[LoraConfig]', FusedRecord]] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> 'Memory':
         """Returns what is remembered of `model`."""
-        memory = model.__dict__.get(_ATTRIBUTE)
-        if not isinstance(memory, cls):
-            # Straight into __dict__: a wrapper such as torch.compile's passes attributes on to what it wraps.
-            memory = model.__dict__[_ATTRIBUTE] = cls()
-        return memory
+        with _guard:
+            memory = _memories.get(model)
+            if memory is None:
+                memory = _memories[model] = cls()
+            return memory
 
     def look(self, model: nn.Module) -> View:
         """Returns the modules of `model`, which are walked only where they are not those that were walked before."""
@@ -91,39 +126,12 @@ class Memory:
         return view
 
     def remember_new(self, key: Any, found: NewAdapter) -> NewAdapter:
-        """Remembers what a new adapter would be; what was not asked for the longest is forgotten."""
+        """Remembers what a new adapter would be; what was remembered first is forgotten first."""
         self.new[key] = found
         if len(self.new) > _MAX_NEW:
             self.new.popitem(last=False)
         return found
 
-    def record(self, name: str, config: Any) -> Optional[FusedRecord]:
-        """Returns the record of the fused adapter of that name and config; None where it was not made by a merge."""
-        owner, record = self._records.get(name, (None, None))
-        return record if owner is not None and owner() is config else None
 
-    def remember(self, name: str, config: LoraConfig, record: FusedRecord) -> None:
-        """Keeps the record of a fused adapter for as long as the config is alive."""
-        memory = weakref.ref(self)
-
-        def forget(owner: 'weakref.ref[LoraConfig]') -> None:
-            found = memory()
-            if found is not None and found._records.get(name, (None, ))[0] is owner:
-                del found._records[name]
-                if not found._records:
-                    found.spare.clear()
-
-        self._records[name] = weakref.ref(config, forget), record
-
-    def __reduce__(self) -> Tuple[Any, ...]:
-        # A pickled model is loaded where this package is not.
-        return dict, ()
-
-    def __deepcopy__(self, memo: Dict[int, Any]) -> 'Memory':
-        copied = Memory()
-        for name, (owner, record) in list(self._records.items()):
-            config = owner()
-            if config is not None:
-                # The one that the copied model has, too.
-                copied.remember(name, copy.deepcopy(config, memo), record)
-        return copied
+_memories: 'weakref.WeakKeyDictionary[nn.Module, Memory]' = weakref.WeakKeyDictionary()
+_guard = threading.Lock()

@@ -68,7 +68,9 @@ def write(adapters: Adapters, adapter_name: str, plan: Plan, merged: Callable[[B
     """
     target = adapters.factors(adapter_name)
     layout = target.layout
-    undo.reserve(adapters.memory.spare, layout.nbytes, len(target.parameters), target.parameters[0].device)
+    record = adapters.record_or_none(adapter_name)
+    if record is not None:
+        undo.reserve(record.spare, layout.nbytes, len(target.parameters), target.parameters[0].device)
     with torch.inference_mode(layout.is_inference), torch.no_grad():
         for batch in plan.batches:
             whole = _factors_together(target, batch)

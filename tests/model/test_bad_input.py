@@ -225,7 +225,7 @@ def everything(model):
     return {
         **state(model),
         'configs': [(name, id(config), repr(config)) for name, config in loaded.configs.items()],
-        'records': list(loaded.memory._records.items()),
+        'records': {name: loaded.record_or_none(name) for name in loaded.configs},
         'active': list(model.active_adapters),
         'training': [module.training for module in model.modules()],
     }
