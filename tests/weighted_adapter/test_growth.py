@@ -213,31 +213,16 @@ def test_a_saved_fused_adapter_is_loaded_as_it_was_where_names_end_with_others(p
     torch.testing.assert_close(outputs(loaded), right)
 
 
-@pytest.mark.parametrize('pattern', [{'model.proj': 16}, {'my_proj': 2}, {'block.1.proj': 16}], ids=str)
+@pytest.mark.parametrize('pattern', [{'block.0.proj': 16}, {'proj': 16}, {'my_proj': 2, 'block.1.proj': 16}], ids=str)
 @pytest.mark.parametrize('merge_method', ['fusion', 'mixture'])
-@pytest.mark.parametrize('peft_format', [False, True])
 def test_a_fused_adapter_that_ms_swift_saved_is_loaded_as_it_was_where_names_end_with_others(
-        pattern, merge_method, peft_format, tmp_path):
-    configs = {
-        name:
-        LoRAConfig(
-            r=4, lora_alpha=4, target_modules=['proj', 'my_proj'], alpha_pattern=dict(pattern), lora_dropout=0.0)
-        for name in ('first', 'second')
-    }
-
-    def build():
-        outer = nn.Module()
-        outer.base = Suffixes()
-        outer.forward = outer.base.forward
-        return outer
-
-    model = swift_model(configs, build())
+        pattern, merge_method, tmp_path):
+    # ms-swift finds no pattern for the layers of the model itself, `proj`, but for `model.proj` and `block.0.proj`.
+    changes = {'r': 4, 'lora_alpha': 4, 'target_modules': ['proj', 'my_proj'], 'lora_dropout': 0.0}
+    configs = {name: LoRAConfig(alpha_pattern=dict(pattern), **changes) for name in ('first', 'second')}
+    model = swift_model(configs, Suffixes())
     FusionComposer(model, merge_method).compose(['first', 'second'])
     right = outputs(model)
     model.save_pretrained(str(tmp_path), adapter_name='fused')
-    if peft_format:
-        Swift.save_to_peft_format(str(tmp_path), str(tmp_path / 'peft'))
-        loaded = PeftModel.from_pretrained(build(), str(tmp_path / 'peft' / 'fused'), adapter_name='fused').eval()
-    else:
-        loaded = Swift.from_pretrained(build(), str(tmp_path), adapter_name=['fused'], inference_mode=True)
+    loaded = Swift.from_pretrained(Suffixes(), str(tmp_path), adapter_name=['fused'], inference_mode=True)
     torch.testing.assert_close(outputs(loaded), right)

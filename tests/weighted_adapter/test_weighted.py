@@ -648,26 +648,31 @@ def test_adapters_that_replicate_layers_are_refused_by_name_before_anything_is_r
     assert_same_state(state(model), values)
 
 
-def test_an_add_that_is_refused_leaves_no_layer_wrapped(build):
-    # Of the first one's layers and both ones' target modules, v_proj of layer 0 is one that nobody had.
+def test_a_layer_that_no_source_has_is_refused_as_in_stock(build):
+    # Of the first one's layers and both ones' target modules, v_proj is one that nobody had.
     model = build(count=2, target_modules=['q_proj'], layers_to_transform=[None, [1]])
     config(model, 'l1').target_modules = {'q_proj', 'v_proj'}
-    before = everything(model)
     with pytest.raises(ValueError):
-        model.add_weighted_adapter(['l0', 'l1'], [0.5, 0.5], 'fused', 'svd')
-    assert everything(model) == before
-    names = {'narrow': ['q_proj'], 'other': ['v_proj']}
-    model = (swift_model if isinstance(model, SwiftModel) else peft_model)({
-        name:
-        type(config(model, 'l0'))(
-            r=4, target_modules=targets, lora_dropout=0.0, layers_to_transform=[1] if name == 'other' else None)
-        for name, targets in names.items()
+        fresh(model, ['l0', 'l1'], [0.5, 0.5], 'svd')
+    refused(model, ['l0', 'l1'], weight=0.5)
+
+
+def test_an_add_that_is_refused_leaves_no_layer_wrapped(build):
+    """PEFT wraps v_proj of layer 0 for the new adapter alone, before it finds that there is nothing to merge."""
+    cls = LoRAConfig if isinstance(build(count=1), SwiftModel) else LoraConfig
+    model = (swift_model if cls is LoRAConfig else peft_model)({
+        'first':
+        cls(r=4, target_modules=['q_proj'], lora_dropout=0.0),
+        'second':
+        cls(r=4, target_modules=['v_proj'], lora_dropout=0.0, layers_to_transform=[1])
     })
-    activate(model, 'narrow')
-    refused(model, ['narrow', 'other'])
+    activate(model, 'first')
+    refused(model, ['first', 'second'])
+    refused(model, ['first', 'second'], weight=0.5)
 
 
-def test_an_add_that_is_refused_leaves_no_module_to_save_and_no_ties(build):
-    model = build(modules_to_save=[['lm_head'], None, None, None])
-    activate(model, 'l1')
+def test_an_add_that_is_refused_leaves_no_module_to_save():
+    # In a SwiftModel, stock cannot activate adapters of which only some have one.
+    model = peft_model(loras(4, LoraConfig, modules_to_save=[['lm_head'], None, None, None]))
     refused(model, ['l0', 'l1'])
+    refused(model, ['l1', 'l0'])
