@@ -213,14 +213,14 @@ def test_a_saved_fused_adapter_is_loaded_as_it_was_where_names_end_with_others(p
     torch.testing.assert_close(outputs(loaded), right)
 
 
-@pytest.mark.parametrize('pattern', [{'block.0.proj': 16}, {'proj': 16}, {'my_proj': 2, 'block.1.proj': 16}], ids=str)
+@pytest.mark.parametrize('scaled', ['proj', 'block.0.proj', 'my_proj', 'model.proj'])
 @pytest.mark.parametrize('merge_method', ['fusion', 'mixture'])
 def test_a_fused_adapter_that_ms_swift_saved_is_loaded_as_it_was_where_names_end_with_others(
-        pattern, merge_method, tmp_path):
-    # ms-swift finds no pattern for the layers of the model itself, `proj`, but for `model.proj` and `block.0.proj`.
+        scaled, merge_method, tmp_path):
     changes = {'r': 4, 'lora_alpha': 4, 'target_modules': ['proj', 'my_proj'], 'lora_dropout': 0.0}
-    configs = {name: LoRAConfig(alpha_pattern=dict(pattern), **changes) for name in ('first', 'second')}
-    model = swift_model(configs, Suffixes())
+    model = swift_model({name: LoRAConfig(**changes) for name in ('first', 'second')}, Suffixes())
+    for name in ('first', 'second'):
+        model.base_model.get_submodule(scaled).set_scale(name, 3)
     FusionComposer(model, merge_method).compose(['first', 'second'])
     right = outputs(model)
     model.save_pretrained(str(tmp_path), adapter_name='fused')
