@@ -267,7 +267,9 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data())
     def add_weighted_adapter(self, data):
         name = f'f{type(self).steps}'
-        sources, weights, kind, options = self.draw_merge(data, name)
+        self.add(name, *self.draw_merge(data, name))
+
+    def add(self, name, sources, weights, kind, options):
 
         def step(side):
             with reproducible_masks():
@@ -309,7 +311,10 @@ class Histories(RuleBasedStateMachine):
         sources = [self.sources[index % len(self.sources)] for index in sources]
         self.compose_these(sources, repeat)
 
-    @precondition(lambda self: self.composed is not None and set(self.composed) <= set(self.sources))
+    def may_compose_as_before(self):
+        return self.composed is not None and set(self.composed) <= set(self.sources)
+
+    @precondition(may_compose_as_before)
     @rule()
     def compose_as_before(self):
         self.compose_these(self.composed, False)
@@ -375,22 +380,28 @@ class Histories(RuleBasedStateMachine):
     def write_through_a_holder(self, index, factor):
         self.both(lambda side: [holder.mul_(factor) for holder in side.held[index % len(side.held)]])
 
-    @rule(data=st.data())
-    def make_scalings_tensors(self, data):
-        names = data.draw(st.lists(st.sampled_from([*self.sources, *self.fused]), min_size=1, max_size=3), 'adapters')
+    @rule(data=st.data(), of_all=st.booleans())
+    def make_scalings_tensors(self, data, of_all):
+        every = [*self.sources, *self.fused]
+        names = every if of_all else data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=3), 'adapters')
         self.both(lambda side: side.make_scalings_tensors(names))
 
-    @rule(data=st.data(), factor=st.sampled_from([0.5, 2.0]))
-    def change_scalings_that_are_tensors_in_place(self, data, factor):
+    @rule(data=st.data(), factor=st.sampled_from([0.5, 2.0]), and_compose=st.booleans())
+    def change_scalings_that_are_tensors_in_place(self, data, factor, and_compose):
         name = data.draw(st.sampled_from(self.sources), 'source')
-        self.both(lambda side: [
-            layer.scaling[name].mul_(factor) for layer in side.layers().values()
-            if isinstance(layer.scaling.get(name), torch.Tensor)
-        ])
+
+        def step(side):
+            for layer in side.layers().values():
+                if isinstance(layer.scaling.get(name), torch.Tensor):
+                    layer.scaling[name].mul_(factor)
+
+        self.both(step)
+        if and_compose and self.may_compose_as_before():
+            self.compose_these(self.composed, False)
 
     @precondition(lambda self: self.fused)
-    @rule(data=st.data(), seed=st.integers(0, 9))
-    def put_values_into_a_fused_adapter(self, data, seed):
+    @rule(data=st.data(), seed=st.integers(0, 9), then=st.sampled_from(['compose as before', 'merge it', 'nothing']))
+    def put_values_into_a_fused_adapter(self, data, seed, then):
         """By something else than a refill: of the shapes and with the scalings that it has on the patched side."""
         name = data.draw(st.sampled_from(sorted(self.fused)), 'fused adapter')
         how = data.draw(st.sampled_from(self.ways_to_write), 'way')
@@ -408,6 +419,10 @@ class Histories(RuleBasedStateMachine):
         self.both(step)
         self.written.add(name)
         self.decomposed.discard(name)
+        if then == 'compose as before' and self.may_compose_as_before():
+            self.compose_these(self.composed, False)
+        elif then == 'merge it' and len(self.fused) < 4:
+            self.add(f'f{type(self).steps}', [self.sources[0], name], [0.5, 0.3], 'cat', {})
 
     def write(self, side, name, values, how):
         """Writes values into the parameters of an adapter."""
