@@ -244,6 +244,9 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sources) < 5)
     @rule(changes=configs, seed=st.integers(0, 9))
     def wrap_again_with_a_new_adapter(self, changes, seed):
+        self.add_a_source(changes, seed)
+
+    def add_a_source(self, changes, seed):
         name, new = f'l{self.named}', self.config(changes)
         self.named += 1
 
@@ -258,10 +261,13 @@ class Histories(RuleBasedStateMachine):
         self.sources.append(name)
 
     @precondition(lambda self: self.heads < 2)
-    @rule()
-    def put_a_layer_into_an_empty_module(self):
+    @rule(changes=configs, seed=st.integers(0, 9), and_a_source=st.booleans())
+    def put_a_layer_into_an_empty_module(self, changes, seed, and_a_source):
         self.both(lambda side: put_a_layer_into(side.base(), self.heads, self.dtype))
         self.heads += 1
+        if and_a_source and len(self.sources) < 5:
+            changes = {name: value for name, value in changes.items() if name != 'layers_to_transform'}
+            self.add_a_source({**changes, 'target_modules': ['q_proj', 'task']}, seed)
 
     @precondition(lambda self: len(self.fused) < 3)
     @rule(data=st.data())
