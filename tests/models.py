@@ -85,6 +85,37 @@ class AllKinds(nn.Module):
         return self.conv3(hidden.unsqueeze(1)).flatten(1)
 
 
+class Nested(nn.Module):
+    """A model with attention whose output projection is, with LoRA, a LoRA layer inside another one's base layer.
+
+    `heads` is an empty container, to put layers into later.
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(64, width)
+        self.model.layers = nn.ModuleList(
+            nn.ModuleDict({
+                'q_proj': nn.Linear(width, width),
+                'attention': nn.MultiheadAttention(width, 2, batch_first=True),
+                'down_proj': nn.Linear(width, width)
+            }) for _ in range(2))
+        self.heads = nn.ModuleDict()
+        self.lm_head = nn.Linear(width, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.model.embed_tokens(ids)
+        for layer in self.model.layers:
+            inner = torch.tanh(layer['q_proj'](hidden))
+            inner = inner + layer['attention'](inner, inner, inner, need_weights=False)[0]
+            hidden = hidden + layer['down_proj'](torch.tanh(inner))
+        for head in self.heads.values():
+            hidden = hidden + head(torch.tanh(hidden))
+        return self.lm_head(hidden)
+
+
 def swift_model(configs: Dict[str, LoRAConfig], model: nn.Module = None) -> SwiftModel:
     """A `SwiftModel` with LoRAs that have random values."""
     model = SwiftModel(qwen2() if model is None else model, configs, inference_mode=True)

@@ -5,8 +5,9 @@ import pytest
 import threading
 import torch
 import weakref
-from models import (assert_close_deltas, assert_same_state, deltas, fresh, layers, loras, outputs, qwen2, state, stock,
-                    swift_model)
+from models import (add, assert_close_deltas, assert_same_state, config, deltas, fresh, layers, loras, outputs, qwen2,
+                    state, stock, swift_model, update)
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from swift.tuners import SwiftModel
 from torch import nn
 
@@ -415,3 +416,148 @@ def test_bad_arguments_to_reserve_are_refused_and_change_nothing(model, argument
     with pytest.raises(error):
         FusionComposer(model).reserve(**arguments)
     assert_same_state(state(model), before)
+
+
+def prepared(model, **options):
+    """Makes scalings tensors, as one does before compiling a model whose adapters are swapped."""
+    prepare_model_for_compiled_hotswap(model, **options)
+    return model
+
+
+def rescale_in_place(model, name, factor):
+    """Changes scalings that are tensors, as `hotswap_adapter` does."""
+    for layer in layers(model).values():
+        layer.scaling[name].mul_(factor)
+
+
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture', 'selection'])
+def test_scalings_that_are_tensors_are_composed_as_numbers_are(build, merge_method):
+    model, plain = prepared(build(lora_alpha=[8, 2, 6, 3])), build(lora_alpha=[8, 2, 6, 3])
+    for each in (model, plain):
+        composer = FusionComposer(each, merge_method)
+        composer.reserve(max_sources=3)
+        for sources in (['l0', 'l1'], ['l2'], ['l3', 'l1', 'l0']):
+            composer.compose(sources, [0.3, 0.5, 0.2][:len(sources)])
+    for name, delta in deltas(plain, 'fused').items():
+        torch.testing.assert_close(deltas(model, 'fused')[name], delta, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs(model), outputs(plain))
+
+
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture', 'selection'])
+def test_composing_the_same_again_is_done_where_a_scaling_that_is_a_tensor_was_changed(build, merge_method):
+    model = prepared(build())
+    composer = FusionComposer(model, merge_method)
+    composer.compose({'l0': 0.6, 'l1': 0.4})
+    rescale_in_place(model, 'l0', 3)
+    composer.compose({'l0': 0.6, 'l1': 0.4})
+    found = deltas(model, 'fused')
+    FusionComposer(model, merge_method, adapter_name='new').compose({'l0': 0.6, 'l1': 0.4})
+    for name, delta in deltas(model, 'new').items():
+        torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)
+    if merge_method == 'mixture':
+        assert_close_deltas(model, 'fused', fresh(model, ['l0', 'l1'], [0.6, 0.4], 'cat'))
+
+
+def test_scalings_of_the_fused_adapter_that_became_tensors_stay_so_and_are_right(build):
+    model = build()
+    composer = FusionComposer(model, 'mixture')
+    composer.reserve(max_sources=2)
+    composer.compose(['l0'])
+    prepared(model)
+    scalings = [layer.scaling['fused'] for layer in layers(model).values()]
+    for change in (lambda: None, lambda: rescale_in_place(model, 'fused', 4)):
+        change()
+        composer.compose(['l0', 'l1'])
+        assert_close_deltas(model, 'fused', fresh(model, ['l0', 'l1'], [0.5, 0.5], 'cat'))
+    # A compiled graph reads the tensors that it saw.
+    assert all(new.scaling['fused'] is old for new, old in zip(layers(model).values(), scalings))
+
+
+def written_through_data(model):
+    for name, parameter in model.named_parameters():
+        if '.fused.' in name:
+            parameter.data.copy_(torch.ones(parameter.shape))
+
+
+def written_in_one_layer_through_data(model):
+    list(layers(model).values())[1].lora_B['fused'].weight.data.mul_(3)
+
+
+def written_in_place(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if '.fused.' in name:
+                parameter.add_(1)
+
+
+def loaded_by_state_dict(model):
+    inner = model.base_model
+    inner.load_state_dict(
+        {
+            name: torch.ones_like(value)
+            for name, value in inner.state_dict().items() if '.fused.' in name
+        }, strict=False)
+
+
+def rescaled_by_its_layers(model):
+    for layer in layers(model).values():
+        layer.scaling['fused'] = layer.scaling['fused'] * 3
+
+
+@pytest.mark.parametrize('change', [
+    written_through_data, written_in_one_layer_through_data, written_in_place, loaded_by_state_dict,
+    rescaled_by_its_layers
+])
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture'])
+def test_composing_the_same_again_is_done_where_the_fused_adapter_was_written_to(model, change, merge_method):
+    composer = FusionComposer(model, merge_method)
+    composer.compose(['l0', 'l1'])
+    right, expected = outputs(model), deltas(model, 'fused')
+    change(model)
+    assert not torch.equal(outputs(model), right)
+    composer.compose(['l0', 'l1'])
+    torch.testing.assert_close(outputs(model), right)
+    for name, delta in deltas(model, 'fused').items():
+        torch.testing.assert_close(delta, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_composing_the_same_again_is_done_where_one_layer_of_a_source_was_written_through_data(model):
+    composer = FusionComposer(model, 'mixture')
+    composer.compose(['l0', 'l1'])
+    for layer in list(layers(model).values())[1:3]:
+        layer.lora_B['l0'].weight.data.mul_(3)
+    composer.compose(['l0', 'l1'])
+    assert_close_deltas(model, 'fused', fresh(model, ['l0', 'l1'], [0.5, 0.5], 'cat'))
+
+
+@pytest.mark.parametrize('merge_method, combination_type', [('fusion', 'linear'), ('mixture', 'linear'),
+                                                            ('selection', 'linear'), ('mixture', 'cat')])
+def test_reserving_leaves_a_fused_adapter_the_source_that_it_was(model, merge_method, combination_type):
+    for name, later in (('plain', False), ('reserved', True)):
+        add(model, ['l0', 'l1'], [0.5, 0.3], 'linear', name=name)
+        if later:
+            composer = FusionComposer(model, merge_method, adapter_name=name)
+            composer.reserve(max_sources=3)
+    add(model, ['plain', 'l2'], [0.5, 0.4], combination_type, name='expected')
+    add(model, ['reserved', 'l2'], [0.5, 0.4], combination_type, name='again')
+    assert_close_deltas(model, 'again', model, oracle_adapter='expected')
+    assert config(model, 'again').r == config(model, 'expected').r
+    update(model, ['l3', 'l0'], [0.2, 0.4], 'linear', name='reserved')
+    update(model, ['reserved', 'l2'], [0.5, 0.4], combination_type, name='again')
+    update(model, ['l3', 'l0'], [0.2, 0.4], 'linear', name='plain')
+    update(model, ['plain', 'l2'], [0.5, 0.4], combination_type, name='expected')
+    assert_close_deltas(model, 'again', model, oracle_adapter='expected')
+
+
+def test_reserving_leaves_a_fused_adapter_the_layers_that_it_merges_as_a_source():
+    model = swift_model({
+        **loras(2, target_modules=['q_proj']), 'wide':
+        loras(1, target_modules=['q_proj', 'up_proj'])['l0']
+    })
+    add(model, ['l0', 'l1'], [0.5, 0.3], name='plain')
+    add(model, ['l0', 'l1'], [0.5, 0.3], name='reserved')
+    FusionComposer(model, 'mixture', adapter_name='reserved').reserve(['l0', 'wide'])
+    for name, sources in (('expected', ['plain', 'l0']), ('again', ['reserved', 'l0'])):
+        add(model, sources, [0.5, 0.4], name=name)
+    assert config(model, 'again').target_modules == config(model, 'expected').target_modules
+    assert_close_deltas(model, 'again', model, oracle_adapter='expected')

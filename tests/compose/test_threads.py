@@ -155,3 +155,40 @@ def test_threads_that_meet_a_model_for_the_first_time_find_all_its_layers():
             assert all(layer.active_adapters == ['l0'] for layer in layers(model).values())
 
         run(work)
+
+
+def test_reserving_waits_with_its_look_at_the_model_for_a_thread_that_fuses(model):
+    early, late = FusionComposer(model, adapter_name='other'), FusionComposer(model)
+    with early.fused(['l2']):
+        thread = threading.Thread(target=late.reserve)
+        thread.start()
+        # Until it waits for the model; that it does takes far less.
+        thread.join(0.5)
+        # What this thread makes meanwhile was not there when the other one came.
+        add(model, ['l0', 'l1'], [0.7, 0.3], 'linear', name='fused')
+        expected = deltas(model, 'fused')
+    thread.join()
+    assert expected and deltas(model, 'fused').keys() == expected.keys()
+    for name, delta in deltas(model, 'fused').items():
+        torch.testing.assert_close(delta, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_reserving_beside_a_thread_that_composes_never_zeroes_what_it_composed(build):
+    for _ in range(5):
+        model = build(target_modules=['q_proj'])
+        early, late = FusionComposer(model), FusionComposer(model)
+        # Within this block the other two wait, both having come before there was a fused adapter.
+        with FusionComposer(model, adapter_name='other').fused(['l2']):
+            threads = [
+                threading.Thread(target=late.reserve),
+                threading.Thread(target=early.compose, args=[['l0', 'l1']])
+            ]
+            [thread.start() for thread in reversed(threads)]
+            [thread.join(0.1) for thread in threads]
+        [thread.join() for thread in threads]
+        found = deltas(model, 'fused')
+        early.compose(['l3'])
+        early.compose(['l0', 'l1'])
+        assert found.keys() == deltas(model, 'fused').keys() and found
+        for name, delta in deltas(model, 'fused').items():
+            torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)

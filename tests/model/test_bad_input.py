@@ -225,7 +225,10 @@ def everything(model):
     return {
         **state(model),
         'configs': [(name, id(config), repr(config)) for name, config in loaded.configs.items()],
-        'records': {name: loaded.record_or_none(name) for name in loaded.configs},
+        'records': {
+            name: loaded.record_or_none(name)
+            for name in loaded.configs
+        },
         'active': list(model.active_adapters),
         'training': [module.training for module in model.modules()],
     }

@@ -2,10 +2,14 @@ import copy
 import logging
 import pytest
 import torch
-from models import (AllKinds, add, assert_as_fresh, assert_close_deltas, assert_same_state, config, deltas, layers,
-                    loras, peft_model, qwen2, state, stock, swift_model, update)
-from peft import LoraConfig
+from models import (AllKinds, activate, add, assert_as_fresh, assert_close_deltas, assert_same_state, config, deltas,
+                    fresh, layers, loras, outputs, peft_model, qwen2, state, stock, swift_model, update)
+from peft import LoraConfig, PeftModel
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from swift.tuners import LoRAConfig, Swift
+from torch import nn
+
+from swift_patch.compose.composer import FusionComposer
 
 
 def test_a_layer_that_the_adapter_lacks_is_added_and_logged_once(caplog):
@@ -106,3 +110,119 @@ def test_a_model_that_fails_to_get_more_layers_is_as_it_was(monkeypatch):
     monkeypatch.undo()
     assert_same_state(state(model), before[0])
     assert config(model, 'fused').to_dict() == before[1]
+
+
+def test_a_fused_adapter_whose_scalings_became_tensors_grows(build):
+    model = build(r=[4, 4, 4, 6], lora_alpha=[8, 8, 8, 5])
+    add(model, ['l0'], [1.0], 'cat')
+    prepare_model_for_compiled_hotswap(model)
+    for combination_type in ('svd', 'cat'):
+        update(model, ['l0', 'l3'], [0.5, 0.3], combination_type)
+        assert_as_fresh(model, ['l0', 'l3'], [0.5, 0.3], combination_type)
+
+
+def test_an_average_whose_scalings_became_tensors_grows(build):
+    model = build(r=[4, 4, 4, 6], lora_alpha=[8, 8, 8, 5])
+    add(model, ['l0', 'l1'], [0.5, 0.5], 'average')
+    prepare_model_for_compiled_hotswap(model)
+    update(model, ['l3'], [1.0], 'average')
+    assert_close_deltas(model, 'fused', model, oracle_adapter='l3')
+    right = outputs(model)
+    activate(model, 'l3')
+    torch.testing.assert_close(right, outputs(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_adapter_that_was_padded_is_refilled_and_grows(build):
+    model = build()
+    add(model, ['l0'], [1.0])
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    for sources in (['l0', 'l1'], ['l2'], ['l0', 'l1', 'l2']):
+        weights = [0.5, 0.3, 0.2][:len(sources)]
+        update(model, sources, weights, 'linear')
+        assert_close_deltas(model, 'fused', fresh(model, sources, weights, 'linear'))
+
+
+class Suffixes(nn.Module):
+    """Layers whose names end with the names of others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 8)
+        self.model = nn.Module()
+        for owner in (self, self.model):
+            owner.block = nn.ModuleList(nn.ModuleDict({'proj': nn.Linear(8, 8)}) for _ in range(2))
+            owner.proj, owner.my_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for owner in (self.model, self):
+            for block in owner.block:
+                hidden = torch.tanh(block['proj'](hidden))
+            hidden = owner.my_proj(torch.tanh(owner.proj(hidden)))
+        return hidden
+
+
+PATTERNS = [{
+    'alpha_pattern': {
+        '^proj': 16
+    }
+}, {
+    'alpha_pattern': {
+        'model.proj': 16,
+        'my_proj': 2
+    }
+}, {
+    'alpha_pattern': {
+        '^block.0.proj': 16,
+        '^model.proj': 1
+    }
+}, {
+    'alpha_pattern': {
+        'block.1.proj': 16
+    },
+    'use_rslora': True
+}, {
+    'rank_pattern': {
+        '^proj': 6
+    },
+    'alpha_pattern': {
+        '^proj': 16
+    }
+}, {
+    'rank_pattern': {
+        'model.proj': 6
+    }
+}]
+
+
+@pytest.mark.parametrize('patterns', PATTERNS, ids=str)
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture'])
+def test_a_saved_fused_adapter_is_loaded_as_it_was_where_names_end_with_others(patterns, merge_method, tmp_path):
+    configs = {
+        name: LoraConfig(r=4, lora_alpha=4, target_modules=['proj', 'my_proj'], **copy.deepcopy(patterns))
+        for name in ('first', 'second')
+    }
+    model = peft_model(configs, Suffixes())
+    FusionComposer(model, merge_method).compose(['first', 'second'])
+    right = outputs(model)
+    model.save_pretrained(str(tmp_path), selected_adapters=['fused'])
+    loaded = PeftModel.from_pretrained(Suffixes(), str(tmp_path / 'fused'), adapter_name='fused').eval()
+    for name, delta in deltas(model, 'fused').items():
+        torch.testing.assert_close(deltas(loaded, 'fused')[name], delta)
+    torch.testing.assert_close(outputs(loaded), right)
+
+
+@pytest.mark.parametrize('scaled', ['proj', 'block.0.proj', 'my_proj', 'model.proj'])
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture'])
+def test_a_fused_adapter_that_ms_swift_saved_is_loaded_as_it_was_where_names_end_with_others(
+        scaled, merge_method, tmp_path):
+    changes = {'r': 4, 'lora_alpha': 4, 'target_modules': ['proj', 'my_proj'], 'lora_dropout': 0.0}
+    model = swift_model({name: LoRAConfig(**changes) for name in ('first', 'second')}, Suffixes())
+    for name in ('first', 'second'):
+        model.base_model.get_submodule(scaled).set_scale(name, 3)
+    FusionComposer(model, merge_method).compose(['first', 'second'])
+    right = outputs(model)
+    model.save_pretrained(str(tmp_path), adapter_name='fused')
+    loaded = Swift.from_pretrained(Suffixes(), str(tmp_path), adapter_name=['fused'], inference_mode=True)
+    torch.testing.assert_close(outputs(loaded), right)

@@ -1,13 +1,22 @@
 import copy
 import gc
 import io
+import pytest
+import subprocess
+import sys
 import torch
+import warnings
 import weakref
-from models import loras, peft_model, qwen2, swift_model
-from peft import LoraConfig
+import zipfile
+from contextlib import nullcontext
+from models import (Nested, activate, add, assert_as_fresh, assert_close_deltas, config, fresh, layers, loras, outputs,
+                    peft_model, qwen2, randomised, stock, swift_model, update)
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from swift.tuners import LoRAConfig, Swift, SwiftModel
 from torch import nn
 
+from swift_patch.compose.composer import FusionComposer
 from swift_patch.model.layers import factors_of
 from swift_patch.model.memory import Memory
 
@@ -141,3 +150,165 @@ def test_it_notices_that_a_model_keeps_its_children_elsewhere_now():
     model._modules = dict(model._modules)
     model.more = copy.deepcopy(model.model.layers[0])
     assert look(model).layers == walked(model)
+
+
+def unload(model):
+    """Returns the base model without its LoRA layers."""
+    if isinstance(model, PeftModel):
+        return model.unload()
+    # By hand: ms-swift's own fails with recent releases of PEFT.
+    base = model.base_model
+    for name, layer in layers(base).items():
+        parent, _, attribute = name.rpartition('.')
+        setattr(base.get_submodule(parent), attribute, layer.get_base_layer())
+    return base
+
+
+def merge_and_unload(model):
+    """Returns the base model into which the active adapter is merged."""
+    if isinstance(model, PeftModel):
+        return model.merge_and_unload()
+    Swift.merge(model.base_model)
+    return unload(model)
+
+
+def used(build):
+    """A model on which everything was done that something is remembered of."""
+    model = build()
+    composer = FusionComposer(model, 'mixture')
+    composer.compose(['l0', 'l1'])
+    composer.reserve(max_sources=4)
+    composer.compose(['l2', 'l3', 'l1'])
+    add(model, name='another')
+    update(model, name='another')
+    activate(model, 'fused')
+    return model
+
+
+def live_bytes(but):
+    """The memory of all tensors that there are, except for what `but` has."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*but.parameters(), *but.buffers())}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(nbytes for address, nbytes in storages.items() if address not in of_model)
+
+
+@pytest.mark.parametrize('leave', [unload, merge_and_unload])
+def test_a_base_model_that_was_unloaded_keeps_nothing_of_its_adapters(build, leave):
+    used(build)  # What is made once, for all models.
+    before = live_bytes(qwen2())
+    model = used(build)
+    alive = [
+        weakref.ref(thing) for name, thing in (*model.named_parameters(), *model.named_modules()) if 'lora_' in name
+    ]
+    base = leave(model)
+    del model
+    gc.collect()
+    assert alive and not any(reference() is not None for reference in alive)
+    assert live_bytes(base) <= before
+    # The first two are stock's.
+    more = vars(base).keys() - vars(qwen2()).keys() - {'peft_config', 'model_frozen'}
+    assert not more
+
+
+@pytest.mark.parametrize('leave', [unload, lambda model: model], ids=['unload', 'as it is'])
+def test_what_is_pickled_of_a_model_is_what_stock_pickles(build, leave, tmp_path):
+    sizes = []
+    for is_stock in (True, False):
+        with stock() if is_stock else nullcontext():
+            model = build()
+            model.add_weighted_adapter(['l0', 'l1'], [0.5, 0.3], 'fused', 'linear')
+            activate(model, 'fused')
+            outputs(model)
+            base = leave(model)
+            # ms-swift's own wrapper has a function in it that cannot be pickled.
+            torch.save(base.base_model if isinstance(base, SwiftModel) else base, tmp_path / 'base.pt')
+        sizes.append((tmp_path / 'base.pt').stat().st_size)
+        with zipfile.ZipFile(tmp_path / 'base.pt') as file:
+            assert not any(b'swift_patch' in file.read(name) for name in file.namelist())
+    # The values are the same in number; what the pickle says besides differs by a few bytes, as addresses do.
+    assert sizes[1] <= sizes[0] * 1.01
+    if isinstance(base, SwiftModel):
+        # What ms-swift puts into layers cannot be loaded again.
+        return
+    program = f'''
+import sys
+sys.modules['swift_patch'] = None
+import torch
+model = torch.load({str(tmp_path / 'base.pt')!r}, weights_only=False)
+with torch.no_grad():
+    result = model(torch.arange(10).reshape(2, 5)).logits
+torch.save(result, {str(tmp_path / 'result.pt')!r})
+'''
+    subprocess.run([sys.executable, '-c', program], check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / 'result.pt'), outputs(base))
+
+
+def test_nothing_is_remembered_of_adapters_that_were_deleted():
+    model, deleted = peft_model(loras(cls=LoraConfig, target_modules=['q_proj'])), []
+    for i in range(10):
+        name = f'sample{i}'
+        model.add_weighted_adapter(['l0', 'l1'], [0.5, 0.5], name, 'linear')
+        model.update_weighted_adapter(['l1', 'l2'], [0.5, 0.5], name)
+        deleted.append(weakref.ref(config(model, name)))
+        model.delete_adapter(name)
+    gc.collect()
+    # The last one may be remembered until somebody asks for another.
+    assert not any(reference() is not None for reference in deleted[:-1])
+
+
+def with_a_head(model, cls):
+    """Puts a new layer into a container that had none, and adds an adapter `late` that targets it, too."""
+    base = model.base_model.model if isinstance(model, PeftModel) else model.base_model
+    torch.manual_seed(1)
+    base.heads['task'] = nn.Linear(8, 8)
+    late = cls(r=4, target_modules=['q_proj', 'task'], lora_dropout=0.0)
+    if isinstance(model, PeftModel):
+        model.add_adapter('late', late)
+    else:
+        model = SwiftModel(model, {'late': late}, inference_mode=True)
+    return randomised(model.eval())
+
+
+@pytest.mark.parametrize('build_model, cls', [(swift_model, LoRAConfig), (peft_model, LoraConfig)])
+@pytest.mark.parametrize('combination_type', ['linear', 'cat', 'svd'])
+def test_layers_put_into_a_module_that_had_no_children_are_fused_and_switched(build_model, cls, combination_type):
+    model = build_model(loras(3, cls, target_modules=['q_proj']), Nested())
+    composer = FusionComposer(model, combination_type=combination_type)
+    composer.compose(['l0', 'l1'], [0.5, 0.3])
+    activate(model, 'l2')
+    model = with_a_head(model, cls)
+    sources, weights = ['l0', 'late'], [0.5, 0.3]
+    add(model, sources, weights, combination_type, name='new')
+    oracle = fresh(model, sources, weights, combination_type)
+    assert_close_deltas(model, 'new', oracle)
+    torch.testing.assert_close(outputs(model), outputs(oracle), rtol=1e-4, atol=1e-4)
+    for each in (composer, FusionComposer(model, combination_type=combination_type)):
+        each.compose(sources, weights)
+        assert_as_fresh(model, sources, weights, combination_type)
+    for name in ('late', 'l0', 'late', 'new'):
+        activate(model, name)
+        for layer_name, layer in layers(model).items():
+            assert list(layer.active_adapters) == [name], layer_name
+
+
+@pytest.mark.parametrize('build_model, cls', [(swift_model, LoRAConfig), (peft_model, LoraConfig)])
+@pytest.mark.parametrize('container', [nn.ModuleDict, nn.ModuleList, nn.Sequential, nn.Module])
+def test_layers_put_into_any_empty_module_are_switched_as_with_stock(build_model, cls, container):
+    results = []
+    for is_stock in (True, False):
+        with stock() if is_stock else nullcontext():
+            base = Nested()
+            base.more = container()
+            model = build_model(loras(3, cls, target_modules=['q_proj']), base)
+            for name in ('l0', 'l1'):
+                activate(model, name)
+            base.more.add_module('0', nn.ModuleDict({'q_proj': copy.deepcopy(base.model.layers[0]['q_proj'])}))
+            results.append([])
+            for name in ('l1', 'l0', 'l2'):
+                activate(model, name)
+                results[-1].append([list(layer.active_adapters) for layer in layers(model).values()])
+    assert results[0] == results[1] and len(results[0][0]) == 3

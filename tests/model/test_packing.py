@@ -3,10 +3,15 @@ import gc
 import pytest
 import torch
 import weakref
-from models import BUILDERS, SOURCES, WEIGHTS, add, assert_close_deltas, fresh, layers, loras, swift_model, update
+from models import (BUILDERS, SOURCES, WEIGHTS, activate, add, assert_close_deltas, deltas, fresh, layers, loras,
+                    outputs, stock, swift_model, update)
 from peft import PeftModel
-from torch import nn
+from swift.tuners import SwiftModel
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from swift_patch.compose.composer import FusionComposer
 from swift_patch.model import adapters as adapters_module
 from swift_patch.model.adapters import Adapters
 from swift_patch.model.layers import factors_of
@@ -168,3 +173,212 @@ def test_a_fused_adapter_of_more_rank_is_filled_kind_by_kind_too(monkeypatch):
     monkeypatch.undo()
     assert len(copies) < 2 * len(layers(model)) * 2
     assert_close_deltas(model, 'fused', oracle)
+
+
+def in_one_buffer(parameters):
+    """As ZeRO keeps parameters, and `torch.nn.utils.vector_to_parameters` makes them."""
+    buffer = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    nn.utils.vector_to_parameters(buffer, parameters)
+    return lambda: buffer.mul_(3)
+
+
+def in_one_buffer_by_offsets(parameters):
+    """As ZeRO keeps parameters, in another order than the model's, with room between them."""
+    buffer, begin = torch.zeros(sum(parameter.numel() + 3 for parameter in parameters)), 0
+    for parameter in reversed(parameters):
+        place = buffer[begin:begin + parameter.numel()].view(parameter.shape)
+        parameter.data = place.copy_(parameter.detach())
+        begin += parameter.numel() + 3
+    return lambda: buffer.mul_(3)
+
+
+def in_a_buffer_for_each(parameters):
+    """Of which each parameter is all, as where a framework allocates them."""
+    buffers = [parameter.detach().flatten() for parameter in parameters]
+    for parameter, buffer in zip(parameters, buffers):
+        parameter.data = buffer.view(parameter.shape)
+    return lambda: [buffer.mul_(3) for buffer in buffers]
+
+
+def in_a_second_model(parameters):
+    """That holds the same memory in parameters of its own."""
+    second = nn.ParameterList([nn.Parameter(parameter.detach(), requires_grad=False) for parameter in parameters])
+    return lambda: [parameter.data.mul_(3) for parameter in second]
+
+
+def in_views(parameters):
+    """Of a part of each parameter."""
+    views = [parameter.detach()[1:] for parameter in parameters]
+    return lambda: [view.mul_(3) for view in views]
+
+
+def in_arrays(parameters):
+    """That NumPy has of them."""
+    arrays = [parameter.detach().numpy() for parameter in parameters]
+
+    def write():
+        for array in arrays:
+            array *= 3
+
+    return write
+
+
+def in_arrays_that_numpy_allocated(parameters):
+    """Whose memory torch has got from NumPy: it counts no other holder."""
+    arrays = [parameter.detach().numpy().copy() for parameter in parameters]
+    for parameter, array in zip(parameters, arrays):
+        parameter.data = torch.from_numpy(array)
+
+    def write():
+        for array in arrays:
+            array *= 3
+
+    return write
+
+
+def in_dlpack(parameters):
+    """Through which other libraries get memory."""
+    others = [torch.from_dlpack(parameter.detach()) for parameter in parameters]
+    return lambda: [other.mul_(3) for other in others]
+
+
+def in_storages(parameters):
+    """Held without a tensor."""
+    storages = [(parameter.untyped_storage(), parameter.dtype, parameter.device) for parameter in parameters]
+
+    def write():
+        for storage, dtype, device in storages:
+            torch.tensor([], dtype=dtype, device=device).set_(storage).mul_(3)
+
+    return write
+
+
+HOLDERS = [
+    in_one_buffer, in_one_buffer_by_offsets, in_a_buffer_for_each, in_a_second_model, in_views, in_arrays,
+    in_arrays_that_numpy_allocated, in_dlpack, in_storages
+]
+
+
+def assert_writes_reach_the_model(model, name, write, oracle_write, oracle):
+    """Asserts that a write by the holder of an adapter's memory does to a model what it does to its stock twin."""
+    write()
+    oracle_write()
+    assert any(deltas(oracle, name))
+    assert_close_deltas(model, name, oracle, oracle_adapter=name)
+
+
+@pytest.mark.parametrize('share', HOLDERS)
+@pytest.mark.parametrize('combination_type', ['linear', 'cat'])
+def test_memory_that_others_hold_is_never_moved_away_from_them(build, share, combination_type):
+    model, oracle = build(), build()
+    write, oracle_write = share(of(model, 'l1')), share(of(oracle, 'l1'))
+    before = [parameter.data_ptr() for parameter in of(model, 'l1')]
+    with stock():
+        oracle.add_weighted_adapter(['l1', 'l3'], [0.3, -0.6], 'fused', combination_type)
+    add(model, ['l1', 'l3'], [0.3, -0.6], combination_type)
+    update(model, ['l1'], [1.0], combination_type)
+    update(model, ['l1', 'l3'], [0.3, -0.6], combination_type)
+    assert [parameter.data_ptr() for parameter in of(model, 'l1')] == before
+    assert_close_deltas(model, 'fused', oracle, oracle_adapter='fused')
+    assert_writes_reach_the_model(model, 'l1', write, oracle_write, oracle)
+    # What was written counts in the next merge.
+    update(model, ['l1', 'l3'], [0.3, -0.6], combination_type)
+    assert_close_deltas(model, 'fused', fresh(model, ['l1', 'l3'], [0.3, -0.6], combination_type))
+
+
+@pytest.mark.parametrize('share', [in_one_buffer, in_views, in_arrays])
+def test_memory_that_others_got_hold_of_later_is_never_moved_away_from_them(build, share):
+    model, oracle = build(), build()
+    composer = FusionComposer(model)
+    composer.compose(['l1', 'l3'])
+    composer.reserve()
+    held = [(share(of(model, name)), share(of(oracle, name)), name) for name in ('l1', 'l2')]
+    before = [parameter.data_ptr() for name in ('l1', 'l2') for parameter in of(model, name)]
+    for sources in (['l1', 'l2'], ['l2'], ['l1', 'l2', 'l3']):
+        composer.compose(sources)
+    composer.reserve(max_sources=4)
+    assert [parameter.data_ptr() for name in ('l1', 'l2') for parameter in of(model, name)] == before
+    for write, oracle_write, name in held:
+        assert_writes_reach_the_model(model, name, write, oracle_write, oracle)
+
+
+def test_tensors_of_a_state_dict_that_is_kept_go_on_being_the_models(build):
+    model, oracle = build(), build()
+    kept, oracle_kept = (each.base_model.state_dict() for each in (model, oracle))
+    FusionComposer(model).compose(['l0', 'l1'])
+    for state_dict in (kept, oracle_kept):
+        for name, tensor in state_dict.items():
+            if '.l0.' in name:
+                tensor.mul_(3)
+    assert_close_deltas(model, 'l0', oracle, oracle_adapter='l0')
+
+
+def test_an_optimizer_of_one_flat_buffer_goes_on_training_the_sources(build):
+    models, results = [build(), build()], []
+    for number, model in enumerate(models):
+        parameters = of(model, 'l1')
+        buffer = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_()
+        nn.utils.vector_to_parameters(buffer.data, parameters)
+        optimizer = torch.optim.SGD([buffer], lr=1.0)
+        for step in range(3):
+            if number:
+                FusionComposer(model).compose(['l1', 'l2'])
+            buffer.grad = torch.full_like(buffer, 0.01 * (step + 1))
+            optimizer.step()
+        activate(model, 'l1')
+        results.append(outputs(model))
+    torch.testing.assert_close(*results)
+
+
+def test_memory_that_is_shared_with_other_processes_is_left_where_it_is(build):
+    model = build()
+    for parameter in of(model, 'l1'):
+        parameter.data = parameter.detach().clone().share_memory_()
+    before = [parameter.data_ptr() for parameter in of(model, 'l1')]
+    add(model, ['l1', 'l3'])
+    update(model, ['l3', 'l1'], [0.5, 0.2], 'cat')
+    assert [parameter.data_ptr() for parameter in of(model, 'l1')] == before
+    assert all(parameter.is_shared() for parameter in of(model, 'l1'))
+
+
+@pytest.fixture
+def mesh():
+    """One process alone, for DTensors."""
+    distributed.init_process_group('gloo', rank=0, world_size=1, store=distributed.HashStore())
+    yield init_device_mesh('cpu', (1, ))
+    distributed.destroy_process_group()
+
+
+def values(model):
+    """All parameters, as objects and bit by bit; of a DTensor its local part."""
+    return {
+        name: (id(parameter), getattr(parameter, '_local_tensor', parameter).detach().clone())
+        for name, parameter in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize('holder', ['l1', 'l3', 'fused'])
+def test_distributed_tensors_are_merged_as_others_or_refused_by_name(build, mesh, holder):
+    model = build(target_modules=['q_proj', 'down_proj'])
+    add(model, ['l1', 'l3'], [0.5, 0.5], name='fused')
+    for layer in layers(model).values():
+        for container in (layer.lora_A, layer.lora_B):
+            whole = container[holder].weight.detach()
+            container[holder].weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]), requires_grad=False)
+    before, names = values(model), [*loras(), 'fused']
+    steps = [
+        lambda: model.add_weighted_adapter(['l1', 'l3'], [0.3, 0.4], 'new', 'linear'),
+        lambda: FusionComposer(model, adapter_name='new').compose(['l1', 'l3'])
+    ] if holder != 'fused' else []
+    steps += [
+        lambda: update(model, ['l1', 'l3'], [0.3, 0.4], 'linear'),
+        lambda: update(model, ['l1', 'l3'], [0.3, 0.4], 'cat'), lambda: FusionComposer(model).compose(['l1', 'l3']),
+        lambda: FusionComposer(model).reserve()
+    ]
+    for step in steps:
+        with pytest.raises(ValueError, match='DTensor'):
+            step()
+        assert list(model.adapters if isinstance(model, SwiftModel) else model.peft_config) == names
+        now = values(model)
+        assert now.keys() == before.keys()
+        assert all(now[name][0] == before[name][0] and torch.equal(now[name][1], before[name][1]) for name in before)

@@ -1,11 +1,15 @@
+import copy
 import pytest
 import torch
-from models import (PEFT_TYPES, PROJECTIONS, SOURCES, WEIGHTS, activate, add, assert_as_fresh, assert_close_deltas,
-                    assert_same_state, config, deltas, fresh, layers, loras, peft_model, qwen2, state, swift_model,
-                    update)
+from models import (PEFT_TYPES, PROJECTIONS, SOURCES, WEIGHTS, Nested, activate, add, assert_as_fresh,
+                    assert_close_deltas, assert_same_state, config, deltas, fresh, layers, loras, outputs, peft_model,
+                    qwen2, state, stock, swift_model, update)
 from peft import LoraConfig
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from swift.tuners import LoRAConfig, Swift
+from torch import nn
 
+from swift_patch.compose.composer import FusionComposer
 from swift_patch.lora.combination import MergeOptions
 from swift_patch.lora.composition import Composition
 
@@ -209,3 +213,202 @@ def test_sources_whose_settings_leave_a_layer_without_any_of_them_are_refused_as
         with pytest.raises(ValueError, match='but none does'):
             model.add_weighted_adapter(['l0', 'l1'], WEIGHTS[:2], 'fused', combination_type)
     assert_same_state(state(model), before)
+
+
+def nested(**changes):
+    """A `PeftModel` (ms-swift has no LoRA for attention modules) with LoRA layers inside of others."""
+    targets = ['q_proj', 'attention']
+    return peft_model(
+        {
+            'first': LoraConfig(r=4, target_modules=targets, **changes),
+            'second': LoraConfig(r=4, target_modules=targets),
+            'narrow': LoraConfig(r=4, target_modules=['q_proj'])
+        }, Nested())
+
+
+RESTRICTIONS = [{}, {
+    'modules_to_save': ['lm_head']
+}, {
+    'exclude_modules': ['nothing']
+}, {
+    'exclude_modules': '.*down_proj'
+}, {
+    'layers_to_transform': [0, 1]
+}, {
+    'layers_to_transform': [0]
+}, {
+    'exclude_modules': ['layers.0.attention']
+}]
+
+
+@pytest.mark.parametrize('changes', RESTRICTIONS, ids=str)
+@pytest.mark.parametrize(
+    'sources, combination_type', [(['first', 'second'], 'cat'), (['second', 'first'], 'linear'), (['first'], 'linear'),
+                                  (['first', 'second'], 'svd')],
+    ids=str)
+def test_a_lora_layer_inside_another_is_fused_with_it_whatever_restricts_a_source(changes, sources, combination_type):
+    weights = [0.5, 0.3][:len(sources)]
+    model = nested(**changes)
+    add(model, sources, weights, combination_type)
+    assert_as_fresh(model, sources, weights, combination_type)
+    grown = nested(**changes)
+    add(grown, ['narrow'], [1.0])
+    update(grown, sources, weights, combination_type)
+    assert_as_fresh(grown, sources, weights, combination_type)
+    composed = nested(**changes)
+    FusionComposer(composed, combination_type=combination_type).compose(sources, weights)
+    assert_as_fresh(composed, sources, weights, combination_type)
+
+
+def with_less_described_than_there_is(build):
+    """Sources whose configs say less than they have: stock passes over the layers that a new adapter would not get."""
+    model = build(target_modules=['q_proj', 'down_proj'])
+    for name in ('l0', 'l1', 'l2'):
+        config(model, name).target_modules = {'q_proj'}
+    return model, ['l0', 'l1']
+
+
+def with_layers_that_only_the_second_source_has(build):
+    """Of the first source's settings, those hold for all: a layer that they exclude is passed over."""
+    model = build(count=4, target_modules=['q_proj', 'down_proj'], layers_to_transform=[[0], None, [0], [0]])
+    return model, ['l0', 'l1']
+
+
+def with_excluded_modules(build):
+    """As the one before, by name."""
+    model = build(count=4, target_modules=['q_proj', 'down_proj'], exclude_modules=['down_proj', None, None, None])
+    return model, ['l0', 'l1']
+
+
+def with_a_layer_put_where_no_config_says(build):
+    """A LoRA layer that somebody put elsewhere as well, under a name that no target module matches."""
+    model = build(target_modules=['q_proj'])
+    named = dict(model.named_modules())
+    [name] = [name for name in layers(model) if 'layers.0' in name]
+    owner = named[name.rpartition('.')[0]]
+    owner.k_proj_of_mine = copy.deepcopy(owner.q_proj)
+    return model, ['l0', 'l1']
+
+
+@pytest.mark.parametrize('make', [
+    with_less_described_than_there_is, with_layers_that_only_the_second_source_has, with_excluded_modules,
+    with_a_layer_put_where_no_config_says
+])
+@pytest.mark.parametrize('combination_type, earlier', [('linear', None), ('linear', ['l2']), ('cat', ['l1', 'l3']),
+                                                       ('svd', ['l3'])])
+def test_layers_that_a_new_adapter_would_not_get_are_passed_over_whatever_came_before(
+        build, make, combination_type, earlier):
+    model, sources = make(build)
+    composer = FusionComposer(model, combination_type=combination_type)
+    if earlier:
+        composer.compose(earlier)
+    composer.compose(sources, [0.5, 0.3])
+    assert_as_fresh(model, sources, [0.5, 0.3], combination_type)
+    add(model, sources, [0.5, 0.3], combination_type, name='anew')
+    assert_close_deltas(model, 'anew', fresh(model, sources, [0.5, 0.3], combination_type))
+
+
+def with_tied_embeddings():
+    """PEFT ties an adapter of `embed_tokens` to `lm_head`, but only the first one's."""
+    tied = LoraConfig(r=4, target_modules=['q_proj', 'embed_tokens'], ensure_weight_tying=True)
+    base = qwen2()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    return peft_model({name: copy.deepcopy(tied) for name in ('l0', 'l1', 'l2')}, base)
+
+
+class Expert(nn.Module):
+    """A module with a parameter of its own and a layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        return torch.tanh(self.inner(hidden)) @ self.weight
+
+
+def with_a_parameter_targeted_later():
+    """The layer inside of a module that PEFT wraps later, for an adapter of one of its parameters."""
+    base = Nested()
+    base.heads['expert'] = Expert()
+    return peft_model(
+        {
+            'l0': LoraConfig(r=4, target_modules=['q_proj', 'inner']),
+            'l1': LoraConfig(r=4, target_modules=['q_proj', 'inner']),
+            'l2': LoraConfig(r=4, target_modules=['q_proj']),
+            'of a parameter': LoraConfig(r=4, target_modules=['q_proj'], target_parameters=['expert.weight'])
+        }, base)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize('make', [with_tied_embeddings, with_a_parameter_targeted_later])
+@pytest.mark.parametrize('combination_type, earlier', [('linear', None), ('cat', ['l2']), ('linear', ['l1'])])
+def test_layers_that_peft_gives_no_second_adapter_are_passed_over_whatever_came_before(make, combination_type, earlier):
+    model, weights = make(), [0.5, 0.3]
+    # What is active is the fused adapter alone: a parameter's adapter goes without what PEFT does for it.
+    composer = FusionComposer(model, combination_type=combination_type)
+    if earlier:
+        composer.compose(earlier)
+    composer.compose(['l0', 'l1'], weights)
+    with stock():
+        # Built anew: a tied adapter cannot be copied.
+        oracle = make()
+        oracle.add_weighted_adapter(['l0', 'l1'], weights, 'oracle', combination_type)
+        oracle.set_adapter('oracle')
+    torch.testing.assert_close(outputs(model), outputs(oracle), rtol=1e-4, atol=1e-4)
+
+
+def padded_to(rank):
+
+    def change(model, configs):
+        prepare_model_for_compiled_hotswap(model, target_rank=rank)
+
+    return change
+
+
+def padded_with_its_configs(model, configs):
+    prepare_model_for_compiled_hotswap(model, target_rank=6, config=configs)
+
+
+def swapped_for_a_larger_rank(model, configs):
+    """The config of `l0` says 4 still."""
+    for number, layer in enumerate(layers(model).values()):
+        generator = torch.Generator().manual_seed(number)
+        for side, container in (('A', layer.lora_A), ('B', layer.lora_B)):
+            old = container['l0'].weight
+            shape = (6, old.shape[1]) if side == 'A' else (old.shape[0], 6)
+            container['l0'].weight = nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+
+
+@pytest.mark.parametrize('change', [padded_to(6), padded_to(4), padded_with_its_configs, swapped_for_a_larger_rank])
+@pytest.mark.parametrize('combination_type, sources', [('linear', ['l0', 'l1']), ('linear', ['l0']), ('cat', ['l0']),
+                                                       ('svd', ['l0', 'l1']), ('svd', ['l0']),
+                                                       ('magnitude_prune', ['l0', 'l1'])])
+def test_sources_are_taken_with_the_rank_that_their_tensors_have(build, change, combination_type, sources):
+    model = build(target_modules=['q_proj', 'down_proj'])
+    change(model, {name: config(model, name) for name in loras()})
+    weights, options = [0.5, 0.3][:len(sources)], {}
+    if combination_type == 'magnitude_prune':
+        options['density'] = 0.5
+    try:
+        oracle = fresh(model, sources, weights, combination_type, **options)
+    except RuntimeError:
+        # Of one rank by their configs, but not by their tensors.
+        with pytest.raises(ValueError):
+            add(model, sources, weights, combination_type, **options)
+        return
+    add(model, sources, weights, combination_type, **options)
+    assert_close_deltas(model, 'fused', oracle)
+    add(model, ['l2'], [1.0], name='earlier')
+    update(model, sources, weights, combination_type, name='earlier', **options)
+    assert_close_deltas(model, 'earlier', oracle)
+    torch.testing.assert_close(outputs(model), outputs(oracle), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('change', [padded_to(6), swapped_for_a_larger_rank])
+def test_a_source_is_selected_with_the_rank_that_its_tensors_have(build, change):
+    model = build(target_modules=['q_proj', 'down_proj'])
+    change(model, None)
+    FusionComposer(model, 'selection').compose({'l0': 0.9, 'l1': 0.1})
+    assert_close_deltas(model, 'fused', model, oracle_adapter='l0')

@@ -3,12 +3,15 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from models import (PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, activate, add, assert_as_fresh, assert_close_deltas,
-                    assert_same_state, config, deltas, fresh, inputs, layers, loras, outputs, peft_model, qwen2,
-                    reproducible_masks, state, stock, swift_model, update)
-from peft import LoraConfig
+from models import (BUILDERS, PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, activate, add, assert_as_fresh,
+                    assert_close_deltas, assert_same_state, config, deltas, fresh, inputs, layers, loras, outputs,
+                    peft_model, qwen2, reproducible_masks, state, stock, swift_model, update)
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from swift.tuners import LoRAConfig, NEFTuneConfig, SwiftModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from swift_patch.compose.composer import FusionComposer
 from swift_patch.lora import decomposed, formulas
 
 
@@ -502,3 +505,174 @@ def test_a_write_that_fails_into_an_offloaded_adapter_leaves_it_as_it_was(monkey
     model.set_active_adapters('fused')
     assert deltas(model, 'fused').keys() == before.keys()
     assert all(torch.equal(delta, before[name]) for name, delta in deltas(model, 'fused').items())
+
+
+def put_back(model, how, kept, folder):
+    """Puts values of an earlier sample into the adapter `fused` by something else than a refill."""
+    if how == 'load_adapter':
+        model.load_adapter(str(folder / 'fused'), adapter_name='fused')
+    elif how == 'set_peft_model_state_dict':
+        set_peft_model_state_dict(model, get_peft_model_state_dict(kept, adapter_name='fused'), adapter_name='fused')
+    elif how == 'load_state_dict':
+        model.base_model.load_state_dict(
+            {
+                name: value
+                for name, value in kept.base_model.state_dict().items() if '.fused.' in name
+            }, strict=False)
+    elif how == 'hotswap':
+        hotswap_adapter(model, str(folder / 'fused'), adapter_name='fused')
+    else:
+        old = dict(kept.named_parameters())
+        for name, parameter in model.named_parameters():
+            if '.fused.' in name:
+                if how == 'data':
+                    parameter.data = old[name].data.clone()
+                else:
+                    parameter.data.copy_(old[name])
+
+
+PUT_BACK = [('swift', how) for how in ('load_state_dict', 'data', 'data.copy_')]
+PUT_BACK += [('peft', how) for how in ('load_state_dict', 'data', 'data.copy_', 'load_adapter',
+                                       'set_peft_model_state_dict', 'hotswap')]
+
+
+@pytest.mark.parametrize('build_by, how', PUT_BACK)
+@pytest.mark.parametrize('combination_type', ['linear', 'cat', 'svd'])
+def test_a_fused_adapter_that_something_else_wrote_to_is_the_source_that_it_computes(
+        build_by, how, combination_type, tmp_path):
+    model = BUILDERS[build_by](target_modules=['q_proj', 'down_proj'])
+    add(model, ['l0', 'l1', 'l2'], [1.0, 0.5, 0.7], 'cat')
+    sample = outputs(model)
+    kept = copy.deepcopy(model)
+    if build_by == 'peft':
+        model.save_pretrained(str(tmp_path), selected_adapters=['fused'])
+    update(model, ['l0'], [1.0], 'cat')
+    put_back(model, how, kept, tmp_path)
+    torch.testing.assert_close(outputs(model), sample, rtol=1e-4, atol=1e-4)
+    add(model, ['fused'], [1.0], combination_type, name='again')
+    torch.testing.assert_close(outputs(model), sample, rtol=1e-4, atol=1e-4)
+    if combination_type != 'linear':
+        # With another one, which has less rank.
+        with stock():
+            oracle = copy.deepcopy(kept)
+            oracle.add_weighted_adapter(['fused', 'l3'], [0.5, 0.4], 'oracle', combination_type)
+        add(model, ['fused', 'l3'], [0.5, 0.4], combination_type, name='with another')
+        assert_close_deltas(model, 'with another', oracle)
+    # It goes on being a fused adapter.
+    activate(model, 'fused')
+    update(model, ['l1', 'l3'], [0.5, 0.4], 'linear')
+    assert_as_fresh(model, ['l1', 'l3'], [0.5, 0.4], 'linear')
+    add(model, ['fused', 'l0'], [0.5, 0.4], 'linear', name='last')
+    with stock():
+        oracle = copy.deepcopy(kept)
+        oracle.add_weighted_adapter(['l1', 'l3'], [0.5, 0.4], 'inner', 'linear')
+        oracle.add_weighted_adapter(['inner', 'l0'], [0.5, 0.4], 'oracle', 'linear')
+    assert_close_deltas(model, 'last', oracle)
+
+
+@pytest.mark.parametrize('how', ['data', 'data.copy_', 'load_state_dict'])
+def test_layers_that_something_else_wrote_to_are_part_of_the_source(build, how, tmp_path):
+    model = build(target_modules=['q_proj', 'down_proj'], layers_to_transform=[None, [0], None, None])
+    add(model, ['l0', 'l2'], [1.0, 0.5], 'linear')
+    kept, sample = copy.deepcopy(model), outputs(model)
+    update(model, ['l1'], [1.0], 'linear')
+    put_back(model, how, kept, tmp_path)
+    torch.testing.assert_close(outputs(model), sample, rtol=1e-4, atol=1e-4)
+    add(model, ['fused'], [1.0], 'linear', name='again')
+    torch.testing.assert_close(outputs(model), sample, rtol=1e-4, atol=1e-4)
+
+
+def everything(model):
+    """All that an add that is refused may not change: what PEFT does besides LoRA layers, too."""
+    names = list(model.adapters if isinstance(model, SwiftModel) else model.peft_config)
+    wrappers = [(name, getattr(module, 'token_indices', None)
+                 and dict(module.token_indices), list(getattr(module, 'modules_to_save', ())
+                                                      or ()), type(module).__name__)
+                for name, module in model.named_modules()]
+    active = sorted(model.active_adapters)
+    return names, list(model.state_dict()), wrappers, active, [config(model, name).to_dict() for name in names]
+
+
+def refused(model, sources, error=ValueError, match=None, weight=3e38):
+    """Adds an adapter in vain, by `add_weighted_adapter` and by a composer; the model is as it was, bit for bit."""
+    before, values, results = everything(model), state(model), outputs(model)
+    for step in (lambda: model.add_weighted_adapter(sources, [weight] * len(sources), 'fused', 'svd'),
+                 lambda: FusionComposer(model, combination_type='svd').compose(sources, [weight] * len(sources))):
+        with pytest.raises(error, match=match):
+            step()
+        assert everything(model) == before
+        assert_same_state(state(model), values)
+        assert torch.equal(outputs(model), results)
+
+
+def test_an_add_that_is_refused_leaves_no_trace_in_trainable_tokens(tmp_path):
+    changes = {'r': 4, 'target_modules': ['q_proj']}
+    model = peft_model({
+        'first': LoraConfig(**changes, trainable_token_indices=[1, 5]),
+        'second': LoraConfig(**changes, trainable_token_indices=[2, 5]),
+        'plain': LoraConfig(**changes)
+    })
+    refused(model, ['first', 'second'])
+    refused(model, ['first', 'plain'])
+    with stock():
+        oracle = copy.deepcopy(model)
+        oracle.add_weighted_adapter(['second'], [1.0], 'fused', 'linear')
+    add(model, ['second'], [1.0])
+    activate(oracle, 'fused')
+    # The token indices are those of `second`, and nothing of `first`.
+    assert [values for values in everything(model)[2]
+            if values[1]] == [values for values in everything(oracle)[2] if values[1]]
+    torch.testing.assert_close(outputs(model), outputs(oracle))
+    model.save_pretrained(str(tmp_path), selected_adapters=['fused'])
+    loaded = PeftModel.from_pretrained(qwen2(), str(tmp_path / 'fused')).eval()
+    torch.testing.assert_close(outputs(loaded), outputs(oracle))
+
+
+def test_adapters_that_replicate_layers_are_refused_by_name_before_anything_is_replicated():
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=64)).eval()
+    replicated = LoraConfig(r=4, target_modules=['q_proj'], layer_replication=[[0, 1], [0, 2]])
+    model = peft_model({'first': replicated, 'second': LoraConfig(r=4, target_modules=['q_proj'])}, base)
+    refused(model, ['first', 'second'], match='layer_replication', weight=0.5)
+    add(model, ['second'], [0.5], name='other')
+    before, values = everything(model), state(model)
+    with pytest.raises(ValueError, match='layer_replication'):
+        update(model, ['first', 'second'], [0.5, 0.5], 'cat', name='other')
+    assert everything(model) == before
+    assert_same_state(state(model), values)
+
+
+def test_a_layer_that_no_source_has_is_refused_as_in_stock(build):
+    # Of the first one's layers and both ones' target modules, v_proj is one that nobody had.
+    model = build(count=2, target_modules=['q_proj'], layers_to_transform=[None, [1]])
+    config(model, 'l1').target_modules = {'q_proj', 'v_proj'}
+    with pytest.raises(ValueError):
+        fresh(model, ['l0', 'l1'], [0.5, 0.5], 'svd')
+    refused(model, ['l0', 'l1'], weight=0.5)
+
+
+def test_an_add_that_is_refused_leaves_no_layer_wrapped(build):
+    """PEFT wraps v_proj of layer 0 for the new adapter alone, before it finds that there is nothing to merge."""
+    cls = LoRAConfig if isinstance(build(count=1), SwiftModel) else LoraConfig
+    model = (swift_model if cls is LoRAConfig else peft_model)({
+        'first':
+        cls(r=4, target_modules=['q_proj'], lora_dropout=0.0),
+        'second':
+        cls(r=4, target_modules=['v_proj'], lora_dropout=0.0, layers_to_transform=[1])
+    })
+    activate(model, 'first')
+    refused(model, ['first', 'second'])
+    refused(model, ['first', 'second'], weight=0.5)
+
+
+def test_an_add_that_is_refused_leaves_no_module_to_save():
+    # In a SwiftModel, stock cannot activate adapters of which only some have one.
+    model = peft_model(loras(4, LoraConfig, modules_to_save=[['lm_head'], None, None, None]))
+    refused(model, ['l0', 'l1'])
+    refused(model, ['l1', 'l0'])
