@@ -229,7 +229,7 @@ class FusionComposer:
         sources = composition.sources
         if self._is_exact and sources[0] in adapters.configs and getattr(
                 adapters.config(sources[0]), 'use_rslora', False):
-            rank = sum(adapters.rank(source) for source in sources if source in adapters.configs)
+            rank = sum(adapters.config_rank(source) for source in sources if source in adapters.configs)
             composition = composition.weighted(1 / math.sqrt(rank))
         return composition
 

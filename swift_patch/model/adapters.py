@@ -13,8 +13,6 @@ from .layers import groups_of
 from .memory import FusedRecord, LayersOfNew, Memory, keep_record, record_of
 from .packing import AdapterFactors, pack
 
-__all__ = ['Adapters', 'config_rank']
-
 
 @dataclass(frozen=True)
 class Adapters:
@@ -130,10 +128,19 @@ class Adapters:
         record = self.record_of_source(name)
         return self.configs[name] if record is None else record.config
 
+    def config_rank(self, name: str) -> int:
+        """Returns the largest rank of the config of `name` as a source, which PEFT takes for the adapter's."""
+        config = self.config(name)
+        rank: int = max(config.r, *(config.rank_pattern or {}).values(), 0)
+        return rank
+
     def rank(self, name: str) -> int:
-        """Returns the largest rank that `name` has as a source. The tensors tell: a config may be stale or less."""
+        """Returns the largest rank that `name` has as a source: of its config and of its tensors, which may have more
+        where an adapter was padded or swapped."""
         record = self.record_of_source(name)
-        return self.factors(name).layout.rank if record is None else max(rank for rank, _ in record.layers.values())
+        if record is None:
+            return max(self.config_rank(name), self.factors(name).layout.rank)
+        return max(self.config_rank(name), *(rank for rank, _ in record.layers.values()))
 
     def source(self, name: str, layer_name: str) -> Optional[Tuple[Factors, float]]:
         """Returns the factors and the scaling of `name` as a source, or None where it does not have the layer.
@@ -163,9 +170,3 @@ class Adapters:
             if not is_padding_zero(found.factors(place), rank, groups_of(found.layers[place])):
                 return False
         return record.layers.keys() <= found.layout.places.keys()
-
-
-def config_rank(config: LoraConfig) -> int:
-    """Returns the largest rank of a config, which PEFT takes for that of its adapter."""
-    rank: int = max(config.r, *(config.rank_pattern or {}).values(), 0)
-    return rank

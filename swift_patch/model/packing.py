@@ -5,6 +5,7 @@ element by element, a handful, whatever the number of layers. Packing takes no m
 objects, at other addresses. What is remembered is compared with the model at each use, address by address: an adapter
 that was moved, cast, copied or reloaded is looked at anew.
 """
+import sys
 import threading
 import torch
 from collections import Counter, defaultdict
@@ -240,13 +241,26 @@ def _is_own(parameters: Sequence[Tensor]) -> bool:
             return False
         if not parameter.is_contiguous() or (parameter.device.type == 'cpu' and parameter.is_shared()):
             return False
-        storage = parameter.untyped_storage()
-        if parameter.device.type == 'cpu' and not storage.resizable():
+        if parameter.device.type == 'cpu' and not parameter.untyped_storage().resizable():
             # It is that of a NumPy array, of a buffer, or of a file, or was given to one.
             return False
-        key = storage._cdata
-        # `storage` itself holds it, too. Whatever else does is a tensor: of `state_dict`, of an optimizer's flat
-        # buffer, of a second model, of a graph that waits for its backward pass.
-        holders[key] = torch._C._storage_Use_Count(key) - 1
+        key, references, holders[key] = _holders(parameter)
+        if references > _ALONE:
+            return False
         used[key] += 1
     return used == holders
+
+
+def _holders(tensor: Tensor) -> Tuple[int, int, int]:
+    """Returns what names a tensor's memory, how many in Python refer to it, and how many tensors have it.
+
+    Tensors are those of `state_dict`, of an optimizer's flat buffer, of a second model, of a graph that waits for its
+    backward pass.
+    """
+    # Python has one object for a storage, whoever asks for it. It holds the memory, too.
+    storage = tensor.untyped_storage()
+    return storage._cdata, sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata) - 1
+
+
+# How many in Python refer to the memory of a tensor while this module looks at it. Releases of PyTorch differ.
+_, _ALONE, _ = _holders(torch.empty(1))

@@ -12,7 +12,7 @@ from ..lora.combination import CombinationType, Form, MergeOptions
 from ..lora.composition import Composition
 from ..lora.factors import Factors, Source, formed
 from ..lora.merging import reference_scaling
-from .adapters import Adapters, config_rank
+from .adapters import Adapters
 from .layers import groups_of, is_transposed
 from .new_adapter import new_adapter, nothing_to_merge
 
@@ -54,7 +54,7 @@ class Plan:
     Attributes:
         options: how to merge, as it was asked for.
         combination: the combination type that is applied.
-        rank: the rank that a new adapter would have.
+        rank: the rank of what is merged, at most.
         config: the config that a new adapter would have. Nobody may change it.
         batches: all layers to merge.
         layers: the rank and the scaling that a new adapter would have in each layer.
@@ -81,13 +81,13 @@ def plan_merge(adapters: Adapters, composition: Composition) -> Plan:
     for source in dict.fromkeys(sources):
         check_source(source, adapters)
     _check_modules_to_save(adapters, sources)
-    ranks = {source: adapters.rank(source) for source in sources}
+    ranks = {source: adapters.config_rank(source) for source in sources}
     combination.check_ranks(ranks)
-    if combination.rank == 'max':
-        # PEFT truncates a decomposition to the largest rank that a config has.
-        ranks = {source: config_rank(adapters.config(source)) for source in sources}
-    rank = combination.fused_rank([ranks[source] for source in sources], options.svd_rank)
-    new = new_adapter(adapters, sources, combination.name, rank)
+    config_rank = combination.fused_rank([ranks[source] for source in sources], options.svd_rank)
+    new = new_adapter(adapters, sources, combination.name, config_rank)
+    # Tensors that were padded or swapped may have more.
+    rank = config_rank if combination.rank == 'max' else combination.fused_rank(
+        [adapters.rank(source) for source in sources])
     # A clamp's threshold is a quantile of one layer's factors.
     form = 'layer' if combination.rank == 'max' and options.svd_clamp is not None else combination.form
     batches = []
@@ -104,7 +104,7 @@ def plan_merge(adapters: Adapters, composition: Composition) -> Plan:
             scaling = reference_scaling(tensors)
         else:
             # PEFT gives the new adapter α = r.
-            scaling = math.sqrt(rank) if new.config.use_rslora else 1.0
+            scaling = math.sqrt(config_rank) if new.config.use_rslora else 1.0
         names, layers = tuple(run.layers), tuple(run.layers.values())
         batches.append(
             Batch(names, layers, run.shapes, sources[run.parts[0].number], form, tensors, is_transposed(layers[0]),
@@ -217,7 +217,7 @@ def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target:
     if target in sources:
         raise ValueError(f'Adapter {target!r} is expected not to be among its own sources, found {list(sources)}: make '
                          'another one by `add_weighted_adapter`.')
-    _check_tensors(adapters, target)
+    check_tensors(adapters, target)
     for name, layer in adapters.merged:
         if target in layer.merged_adapters:
             raise ValueError(f'Adapter {target!r} is expected not to be merged into the base weights, found that it is '
@@ -254,14 +254,15 @@ def check_source(source: str, adapters: Adapters) -> None:
     if not adapters.factors(source).layout.places:
         raise ValueError(f'Adapter {source!r} is expected to have LoRA layers that can be merged, found none: the '
                          'model was changed, or they are of another kind (as with `use_merged_linear`).')
-    _check_tensors(adapters, source)
+    check_tensors(adapters, source)
     for layer_name, layer in adapters.merged:
         if source in layer.merged_adapters:
             raise ValueError(f'Adapter {source!r} is expected not to be merged into the base weights, found that it is '
                              f'in layer {layer_name!r}: unmerge it first.')
 
 
-def _check_tensors(adapters: Adapters, name: str) -> None:
+def check_tensors(adapters: Adapters, name: str) -> None:
+    """Raises ValueError where an adapter has tensors without memory of their own."""
     found = adapters.factors(name)
     if found.layout.sharded:
         place = found.layout.places[found.layout.sharded[0]]

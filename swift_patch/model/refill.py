@@ -14,7 +14,7 @@ from .growth import describe, grow
 from .layers import factors_of
 from .new_adapter import injecting_tuner
 from .offload import on_device, plain_tensors
-from .plan import check_target, plan_merge
+from .plan import check_target, check_tensors, plan_merge
 from .undo import Tree, Undo
 from .write import merge_batch, prune_at_random, write
 
@@ -39,6 +39,7 @@ def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> 
         own.callback(tree.restore)
         # Growth describes another rank in it.
         config = copy.deepcopy(plan.config)
+        config.r = config.lora_alpha = plan.rank
         _inject(adapters, name, config)
         for parameter_name, parameter in adapters.model.named_parameters():
             if name in parameter_name.split('.'):
@@ -103,7 +104,11 @@ def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) 
         name: the fused adapter.
         rank: the rank that it shall have at least.
         sources: the adapters whose layers it shall have.
+
+    Raises:
+        ValueError: its tensors cannot be replaced.
     """
+    check_tensors(adapters, name)
     missing: Dict[str, str] = {}
     for source in sources:
         missing.update(dict.fromkeys(adapters.factors(source).layout.names, source))
