@@ -1,8 +1,8 @@
 """What is remembered of one model, and of its fused adapters.
 
 All of the former can be found again. It holds no module, parameter or config, dies with the model, and is no part of
-it: neither a copied nor a pickled model has any. The record of a fused adapter is an attribute of the adapter's config. It
-dies with the config, is copied with the model, and is left out of a pickle.
+it: neither a copied nor a pickled model has any. The record of a fused adapter is an attribute of the adapter's config.
+It dies with the config, is copied with the model, and is left out of a pickle.
 """
 import threading
 import weakref

@@ -111,7 +111,7 @@ def fail(*args: Any) -> None:
     ({'adapters': {}}, 'No adapters are given'),
     ({'adapters': {'x': 'none'}}, r"adapter 'x' \(none\): the path does not exist"),
     ({'adapters_per_sample': 6}, '--adapters_per_sample is expected to be at most the number of adapters, 4, found 6'),
-    ({'combination_type': 'ties'}, "'ties' needs a density"),
+    ({'combination_type': 'ties'}, "'ties' expects a density"),
     ({'swift_args': {'model': '.'}}, 'ms-swift cannot use these arguments'),
 ])  # yapf: disable
 def test_mistakes_are_told_before_a_model_is_loaded(written: Any, monkeypatch: pytest.MonkeyPatch, changes: Any,
@@ -127,7 +127,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(written: Any, monkeypatch: p
 def test_ranks_that_stock_refuses_are_told_before_a_model_is_loaded(written: Any, monkeypatch: pytest.MonkeyPatch,
                                                                     kind: str) -> None:
     monkeypatch.setattr(measure, 'load_engine', fail)
-    with pytest.raises(ValueError, match="linear takes adapters of one rank, found 4 of 'l3', 8 of 'l4': give others"):
+    with pytest.raises(ValueError, match="'linear' expects adapters of one rank, found {'l3': 4, 'l4': 8}: use 'cat'"):
         run_bench(make_config(written, kind, ['l3', 'l4']), no_stage, print)
     # Each alone is no sum.
     with pytest.raises(AssertionError, match='a model is loaded'):

@@ -95,7 +95,7 @@ def test_the_option_compile_merging_is_handed_on_and_told(written: Any, tmp_path
     (['--picture', 'old.png'], '--picture old.png exists: give --overwrite'),
     (['--json', 'a.png', '--picture', './a.png'], 'are expected to be two files, found a.png twice.'),
     (['--adapters_per_sample', '5'], '--adapters_per_sample is expected to be at most the number of adapters, 4'),
-    (['--combination_type', 'ties'], 'needs a density'),
+    (['--combination_type', 'ties'], 'expects a density'),
     (['--model_type', 'none'], 'ms-swift cannot use these arguments: '),
     (['--adapters', 'a'], "--adapters takes NAME=PATH, got 'a'."),
     (['--adapters', 'a=b', 'a=c'], "--adapters names 'a' twice: b and c."),

@@ -40,7 +40,7 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
     from tqdm import tqdm
 
     from swift_patch import FusionComposer, cli, ms_swift
-    from swift_patch.inference import engine, run
+    from swift_patch.inference import engine, results, run
 
     def tell(owner: Any, name: str, phase: str) -> None:
         function = getattr(owner, name)
@@ -54,14 +54,14 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
     tell(ms_swift, 'prepare_model_template', 'loading the model')
     tell(engine, 'load_adapters', 'loading the adapters')
     tell(FusionComposer, 'reserve', 'reserving')
-    tell(FusionComposer, 'compose', 'composing')
+    tell(FusionComposer, 'fused', 'composing')
     tell(ms_swift.TransformersEngine, 'infer', 'generating')
-    tell(run, '_write_line', 'writing')
+    tell(run, 'write_line', 'writing')
     tell(os, 'replace', 'writing the settings')
     # By default a semaphore, which nobody removes when the process is killed.
     tqdm.set_lock(threading.RLock())
     if num_bytes >= 0:
-        run.open = lambda *args: DyingFile(open(*args), num_bytes)
+        results.open = lambda *args: DyingFile(open(*args), num_bytes)
     if settings:
         os.replace = lambda *args: die()
     sys.exit(cli.main(argv))

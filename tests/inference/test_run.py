@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List
 
 from swift_patch import cli
 from swift_patch.cli.infer import add_parser
+from swift_patch.inference import results
 from swift_patch.inference import run as run_module
 from swift_patch.inference.config import InferConfig
 from swift_patch.inference.dataset import DatasetError
@@ -322,7 +323,7 @@ def test_a_folder_without_permission_is_told_before_a_model_is_loaded(config: In
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux only')
 def test_a_full_disk_is_told(config: InferConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(config.result_path).parent.mkdir()
-    monkeypatch.setattr(run_module, 'open', lambda *args: FullDisk('/dev/full', 'wb'), raising=False)
+    monkeypatch.setattr(results, 'open', lambda *args: FullDisk('/dev/full', 'wb'), raising=False)
     with pytest.raises(ValueError, match='Cannot write .*out.jsonl: No space left on device'):
         run_infer(config)
 
@@ -356,8 +357,8 @@ def test_what_keeps_the_model_from_loading_is_told_in_a_line(config: InferConfig
 
 
 @pytest.mark.parametrize(('merge_method', 'composer_args', 'told'), [
-    ('fusion', {'combination_type': 'ties'}, 'needs a density'),
-    ('selection', {'combination_type': 'linear'}, 'has no combination_type'),
+    ('fusion', {'combination_type': 'ties'}, 'expects a density'),
+    ('selection', {'combination_type': 'linear'}, 'expected to have no combination_type'),
     ('fusion', {'combination_type': 'liner'}, 'combination_type is expected to be one of'),
 ])  # yapf: disable
 def test_options_of_the_composition_are_checked_before_a_model_is_loaded(config: InferConfig, loads_no_model: None,
@@ -447,7 +448,7 @@ def test_one_sample_is_no_samples(config: InferConfig, capsys: pytest.CaptureFix
     assert '1 sample, ' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('name', 'can_resume'), [('_Generator', False), ('_result_line', True)])
+@pytest.mark.parametrize(('name', 'can_resume'), [('_Generator', False), ('result_line', True)])
 def test_an_interrupted_run_tells_how_to_go_on_where_it_can(config: InferConfig, monkeypatch: pytest.MonkeyPatch,
                                                             capsys: pytest.CaptureFixture, name: str,
                                                             can_resume: bool) -> None:
