@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Set, Tuple
 
-from . import stepping_aside
 from .releases import unsupported
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ _hooked: Set[str] = set()
 # The modules of this package that import what is patched. Whoever imports one of them first imports PEFT with it half
 # made, so that the patch must wait until it is whole.
 _OWN_MODULES = (f'{__package__}.mends',
-                *(f'{stepping_aside.THEIRS if stepping_aside.IS_NEEDED else stepping_aside.OURS}.{found.name}'
+                *(f'{__package__}.weighted_adapter.{found.name}'
                   for found in pkgutil.iter_modules([str(Path(__file__).with_name('weighted_adapter'))])))
 # Guards all of the above. Reentrant: patching imports modules of this package, which may import a hooked module.
 _lock = threading.RLock()
@@ -103,15 +102,7 @@ def revert() -> None:
 
 @contextmanager
 def reverted() -> Iterator[None]:
-    """Within it, ms-swift and PEFT do what they do by themselves. Mends stay: without them there is nothing to do.
-
-    Raises:
-        ValueError: the installed ms-swift has these functions itself.
-    """
-    if stepping_aside.IS_NEEDED:
-        raise ValueError(
-            'The installed ms-swift has update_weighted_adapter itself, so that there is no stock to compare '
-            'with: install a release that has not.')
+    """Within it, ms-swift and PEFT do what they do by themselves. Mends stay: without them there is nothing to do."""
     _take_back(patch for patch in PATCHES if not patch.is_mend)
     try:
         yield
@@ -164,9 +155,6 @@ def _patch_imported(imported: Optional[ModuleType] = None) -> None:
             if _is_refused():
                 return
             if any(name in sys.modules and not _is_whole(name, imported) for name in _OWN_MODULES):
-                continue
-            if stepping_aside.IS_NEEDED and patch.module.startswith('swift.'):
-                _originals[patch] = None
                 continue
             class_name, attribute = patch.target.split('.')
             owner = getattr(importlib.import_module(patch.module), class_name)

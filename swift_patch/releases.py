@@ -8,8 +8,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 from typing import Dict, Optional
 
-from . import stepping_aside
-
 SUPPORTED: Dict[str, SpecifierSet] = {'ms-swift': SpecifierSet('>=3.11.2,<4.7'), 'peft': SpecifierSet('>=0.18,<0.21')}
 _MODULES = {'ms-swift': 'swift'}
 
@@ -39,12 +37,7 @@ def is_supported(package: str) -> bool:
 
 
 def unsupported() -> Optional[str]:
-    """Returns what is installed that is not supported, and what to do, in one text for users; None where all is.
-
-    An ms-swift that has the functions itself knows which PEFT it works with.
-    """
-    if stepping_aside.IS_NEEDED:
-        return None
+    """Returns what is installed that is not supported, and what to do, in one text for users; None where all is."""
     wrong = [package for package in SUPPORTED if not is_supported(package)]
     if not wrong:
         return None

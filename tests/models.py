@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pointed import stock
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Conv1D, Qwen2Config, Qwen2ForCausalLM
 from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
-# Applies the patch, for all tests that build a model.
-import swift_patch  # noqa: F401
+# Importing it applies the patch, for all tests that build a model.
+from swift_patch.patching import reverted as stock
 
 SOURCES, WEIGHTS = ['l2', 'l0', 'l1'], [0.5, 0.2, 0.3]
 PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']

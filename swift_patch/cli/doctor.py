@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from typing import Dict
 
-from swift_patch import patching, releases, stepping_aside
+from swift_patch import patching, releases
 
 PLUGIN = Path(__file__).resolve().parent.parent / 'external_plugin' / 'swift_patch_plugin.py'
 _PACKAGES = ('swift-patch', 'ms-swift', 'peft', 'transformers', 'torch')
@@ -47,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
             patch.module.split('.')[0], patch.target, f'{patch.source.split(":")[0].split(".")[-1]}.py',
             'yes' if patch in in_force else 'not needed' if patch in needless else 'no')
     console.print(patches)
-    if stepping_aside.IS_NEEDED:
-        console.print('The installed ms-swift has these functions itself: swift_patch steps aside.')
     if reason is not None:
         console.print(f'The patch is not applied. {reason}', soft_wrap=True, highlight=False)
     # Not wrapped at the width of the console, to be copied whole.
