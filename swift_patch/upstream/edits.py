@@ -89,10 +89,11 @@ CONCERNS: Dict[str, Tuple[Concern, ...]] = {
     'fix': (
         Concern(_LAYERS, rf'(?s)\A(?=.*({_MAKES}))(?=.*({_EXTENDS}))',
                 (_before(_LAYERS, 'from itertools import chain\n', 'from inspect import Parameter, signature\n'),
-                 _before(_LAYERS, 'class LoraModel(_LoraModel):\n', _code('fix', 'get_compat_kwargs') + '\n\n'))),
-        Concern(_LAYERS, _MAKES, (_after(
-            _LAYERS, "        current_key = kwargs.pop('current_key')\n",
-            '        kwargs.update(get_compat_kwargs(_Embedding.__init__, lora_config))\n'), )),
+                 _before(_LAYERS, 'class LoraModel(_LoraModel):\n',
+                         _code('fix', 'get_compat_kwargs') + '\n\n'))),
+        Concern(_LAYERS, _MAKES,
+                (_after(_LAYERS, "        current_key = kwargs.pop('current_key')\n",
+                        '        kwargs.update(get_compat_kwargs(_Embedding.__init__, lora_config))\n'), )),
         Concern(_LAYERS, _EXTENDS, (Edit(
             _LAYERS, '                use_dora=lora_config.use_dora,\n            )\n',
             '                use_dora=lora_config.use_dora,\n'
@@ -101,9 +102,8 @@ CONCERNS: Dict[str, Tuple[Concern, ...]] = {
     ),
     'activation': (
         Concern(_BASE, r'get_activated_adapters\(\)', (
-            Edit(
-                _BASE, 'from .utils import SwiftConfig, SwiftOutput\n',
-                'from .utils import ActivationMixin, ModulesToSaveWrapper, SwiftAdapter, SwiftConfig, SwiftOutput\n'),
+            Edit(_BASE, 'from .utils import SwiftConfig, SwiftOutput\n',
+                 'from .utils import ActivationMixin, ModulesToSaveWrapper, SwiftAdapter, SwiftConfig, SwiftOutput\n'),
             Edit(
                 _BASE, '        for adapter_name in (set(self.adapters.keys()) - adapter_names):\n'
                 '            self.deactivate_adapter(adapter_name, offload)\n',
@@ -138,23 +138,21 @@ CONCERNS: Dict[str, Tuple[Concern, ...]] = {
                 '        for sub_module in module.modules():\n', '        sub_modules = list(module.modules())\n'
                 '        set_adapter(sub_modules, adapter_name, activate, offload)\n'
                 '        for sub_module in sub_modules:\n'),
-            Edit(
-                _UTILS, 'def set_adapter(model, adapter_name, activate, offload):\n    for module in model.modules():\n',
-                'def set_adapter(modules, adapter_name, activate, offload):\n    for module in modules:\n'),
+            Edit(_UTILS,
+                 'def set_adapter(model, adapter_name, activate, offload):\n    for module in model.modules():\n',
+                 'def set_adapter(modules, adapter_name, activate, offload):\n    for module in modules:\n'),
         )),
     ),
-    'refill': (Concern(
-        _BASE, r'def update_weighted_adapter\(', (
-            _before(_BASE, 'import os\n', 'import math\n'),
-            _after(_BASE, 'from copy import copy\n', 'from dataclasses import replace\n'),
-            _after(_BASE, '            optimizer_group_callback=None,\n', '            weighted=True,\n'),
-            _before(_BASE, '    def save_pretrained(self,\n',
-                    _code('refill', 'SwiftModel') + '\n'),
-            _after(
-                _UTILS, '        load_callback (`FunctionType`): A callback used to load trained model.\n',
-                '        weighted (`bool`): Made by `SwiftModel.add_weighted_adapter`, which may be refilled.\n'),
-            _after(_UTILS, '    load_callback: FunctionType = None\n', '    weighted: bool = False\n'),
-        )), ),
+    'refill': (Concern(_BASE, r'def update_weighted_adapter\(', (
+        _before(_BASE, 'import os\n', 'import math\n'),
+        _after(_BASE, 'from copy import copy\n', 'from dataclasses import replace\n'),
+        _after(_BASE, '            optimizer_group_callback=None,\n', '            weighted=True,\n'),
+        _before(_BASE, '    def save_pretrained(self,\n',
+                _code('refill', 'SwiftModel') + '\n'),
+        _after(_UTILS, '        load_callback (`FunctionType`): A callback used to load trained model.\n',
+               '        weighted (`bool`): Made by `SwiftModel.add_weighted_adapter`, which may be refilled.\n'),
+        _after(_UTILS, '    load_callback: FunctionType = None\n', '    weighted: bool = False\n'),
+    )), ),
 }
 
 

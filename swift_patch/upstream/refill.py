@@ -48,9 +48,7 @@ class SwiftModel:
             combination_type (`str`):
                 The merging type, see `add_weighted_adapter`, also for all other arguments.
         """
-        from peft.tuners.lora import LoraConfig, LoraLayer
-
-        from swift.tuners.lora import LoraModel
+        from swift.tuners.lora_layers import LoraConfig, LoraLayer, LoraModel
         adapters, weights = list(adapters), list(weights)
         if adapter_name not in self.adapters or not self.adapters[adapter_name].weighted:
             raise ValueError(f'Expected an adapter made by `add_weighted_adapter`, found {adapter_name!r}.')

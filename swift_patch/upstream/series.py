@@ -31,6 +31,7 @@ def _mail(part: str, files: List[FileChange], author: str, prefix: str) -> str:
 
 
 def _stat(files: List[FileChange]) -> str:
-    lines = [f' {change.path}: {added} added, {removed} removed' for change in files
-             for added, removed in [change.lines]]
+    lines = [
+        f' {change.path}: {added} added, {removed} removed' for change in files for added, removed in [change.lines]
+    ]
     return '\n'.join(lines) + '\n'

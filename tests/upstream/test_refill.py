@@ -2,8 +2,8 @@
 import copy
 import pytest
 import torch
-from models import (PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, assert_as_fresh, assert_close_deltas, assert_same_state, deltas,
-                    layers, loras, qwen2, reproducible_masks, state, stock, swift_model)
+from models import (PEFT_TYPES, SOURCES, WEIGHTS, AllKinds, assert_as_fresh, assert_close_deltas, assert_same_state,
+                    deltas, layers, loras, qwen2, reproducible_masks, state, stock, swift_model)
 from peft.tuners.lora import LoraModel
 from swift.tuners import LoRAConfig, NEFTuneConfig, SwiftModel
 from swift.tuners.utils import SwiftOutput
@@ -19,8 +19,7 @@ refilled = refill.SwiftModel.update_weighted_adapter
 def with_the_part(monkeypatch):
     """ms-swift has what the method of the part needs."""
     monkeypatch.setattr(SwiftOutput, 'weighted', False, raising=False)
-    monkeypatch.setattr(
-        SwiftModel, '_get_lora_weights', vars(refill.SwiftModel)['_get_lora_weights'], raising=False)
+    monkeypatch.setattr(SwiftModel, '_get_lora_weights', vars(refill.SwiftModel)['_get_lora_weights'], raising=False)
 
 
 def add(model, adapters=('l3', 'l1'), weights=(0.4, -0.7), combination_type='linear', **options):
@@ -183,31 +182,30 @@ def test_a_bias_of_the_sources_is_not_merged():
     assert_as_fresh(model, SOURCES, WEIGHTS, 'linear')
 
 
-@pytest.mark.parametrize(
-    'arguments, error, message', [
-        ((['l0'], [1.0], 'l1'), ValueError, 'made by `add_weighted_adapter`'),
-        ((['l0'], [1.0], 'nowhere'), ValueError, 'made by `add_weighted_adapter`'),
-        ((['l0', 'nowhere'], [1.0, 1.0], 'fused'), ValueError, 'nowhere'),
-        ((['l0', 'noise'], [1.0, 1.0], 'fused'), ValueError, 'noise'),
-        ((['l0', 'fused'], [1.0, 1.0], 'fused'), ValueError, 'other adapters'),
-        (('l0', [1.0], 'fused'), ValueError, 'finite weight for each'),
-        ((['l0', 'l1'], [1.0], 'fused'), ValueError, 'finite weight for each'),
-        (([], [], 'fused'), ValueError, 'finite weight for each'),
-        ((['l0'], [float('nan')], 'fused'), ValueError, 'finite weight for each'),
-        ((['l0'], [float('inf')], 'fused'), ValueError, 'finite weight for each'),
-        ((['l0'], ['1'], 'fused'), TypeError, ''),
-        ((None, [1.0], 'fused'), TypeError, ''),
-        ((['l0', 'l1'], None, 'fused'), TypeError, ''),
-        (([['l0']], [1.0], 'fused'), (TypeError, ValueError), ''),
-        ((['l0', 'l1'], [1.0, 1.0], 'fused', 'no type'), ValueError, 'no type'),
-        ((['l0', 'l1'], [1.0, 1.0], 'fused', 'no svd'), ValueError, 'no svd'),
-        ((['l0', 'l1'], [1.0, 1.0], 'fused', 'ties'), TypeError, ''),
-        ((['l0', 'l1'], [1.0, 1.0], 'fused', 'svd', -1), ValueError, 'svd_rank'),
-        ((['l0', 'l1'], [1.0, 1.0], 'fused', 'cat'), ValueError, 'rank of at most 4'),
-        ((['l0', 'l1'], [1.0, 1.0], 'fused', 'svd', 5), ValueError, 'rank of at most 4'),
-        ((['l0', 'wide'], [1.0, 1.0], 'fused'), ValueError, "to be in model.layers.0.mlp.gate_proj"),
-        ((['dora'], [1.0], 'fused'), ValueError, 'DoRA'),
-    ])
+@pytest.mark.parametrize('arguments, error, message', [
+    ((['l0'], [1.0], 'l1'), ValueError, 'made by `add_weighted_adapter`'),
+    ((['l0'], [1.0], 'nowhere'), ValueError, 'made by `add_weighted_adapter`'),
+    ((['l0', 'nowhere'], [1.0, 1.0], 'fused'), ValueError, 'nowhere'),
+    ((['l0', 'noise'], [1.0, 1.0], 'fused'), ValueError, 'noise'),
+    ((['l0', 'fused'], [1.0, 1.0], 'fused'), ValueError, 'other adapters'),
+    (('l0', [1.0], 'fused'), ValueError, 'finite weight for each'),
+    ((['l0', 'l1'], [1.0], 'fused'), ValueError, 'finite weight for each'),
+    (([], [], 'fused'), ValueError, 'finite weight for each'),
+    ((['l0'], [float('nan')], 'fused'), ValueError, 'finite weight for each'),
+    ((['l0'], [float('inf')], 'fused'), ValueError, 'finite weight for each'),
+    ((['l0'], ['1'], 'fused'), TypeError, ''),
+    ((None, [1.0], 'fused'), TypeError, ''),
+    ((['l0', 'l1'], None, 'fused'), TypeError, ''),
+    (([['l0']], [1.0], 'fused'), (TypeError, ValueError), ''),
+    ((['l0', 'l1'], [1.0, 1.0], 'fused', 'no type'), ValueError, 'no type'),
+    ((['l0', 'l1'], [1.0, 1.0], 'fused', 'no svd'), ValueError, 'no svd'),
+    ((['l0', 'l1'], [1.0, 1.0], 'fused', 'ties'), TypeError, ''),
+    ((['l0', 'l1'], [1.0, 1.0], 'fused', 'svd', -1), ValueError, 'svd_rank'),
+    ((['l0', 'l1'], [1.0, 1.0], 'fused', 'cat'), ValueError, 'rank of at most 4'),
+    ((['l0', 'l1'], [1.0, 1.0], 'fused', 'svd', 5), ValueError, 'rank of at most 4'),
+    ((['l0', 'wide'], [1.0, 1.0], 'fused'), ValueError, "to be in model.layers.0.mlp.gate_proj"),
+    ((['dora'], [1.0], 'fused'), ValueError, 'DoRA'),
+])
 def test_what_is_refused_changes_nothing(arguments, error, message):
     narrow = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
     model = swift_model({

@@ -14,15 +14,11 @@ class TestWeightedAdapter(unittest.TestCase):
     def setUp(self):
         torch.manual_seed(0)
         targets = {'lora3': ['0'], 'lora4': ['1']}
-        configs = {
-            f'lora{i}': LoRAConfig(
-                r=4,
-                lora_alpha=2 * i + 2,
-                lora_dropout=0.,
-                use_rslora=i == 2,
-                target_modules=targets.get(f'lora{i}', ['0', '1']))
-            for i in range(5)
-        }
+        configs = {}
+        for i in range(5):
+            target_modules = targets.get(f'lora{i}', ['0', '1'])
+            configs[f'lora{i}'] = LoRAConfig(r=4, lora_alpha=2 * i + 2, lora_dropout=0., target_modules=target_modules)
+        configs['lora2'].use_rslora = True
         model = nn.Sequential(nn.Linear(8, 6), Conv1D(10, 6))
         self.model = Swift.prepare_model(model, configs, inference_mode=True)
         self.layers = [self.model.base_model[0], self.model.base_model[1]]
@@ -36,14 +32,18 @@ class TestWeightedAdapter(unittest.TestCase):
     def get_params(self):
         return [param for name, param in self.model.named_parameters() if 'fused' in name.split('.')]
 
-    def get_outputs(self, adapter_name):
-        self.model.set_active_adapters(adapter_name)
-        return self.model(self.inputs)
+    def assert_close(self, *adapter_names):
+        outputs = []
+        for adapter_name in adapter_names:
+            self.model.set_active_adapters(adapter_name)
+            outputs.append(self.model(self.inputs))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
     def test_update_is_like_a_new_adapter(self):
-        density = {'density': 0.4}
-        types = [('linear', {}), ('cat', {}), ('svd', {}), ('svd', {'svd_rank': 2}), ('svd', {'svd_clamp': 0.9}),
-                 ('ties', density), ('ties_svd', density), ('magnitude_prune', density), ('dare_linear', {'density': 1.})]
+        density = dict(density=0.4)
+        types = [('linear', {}), ('cat', {}), ('svd', {}), ('svd', dict(svd_rank=2)), ('svd', dict(svd_clamp=0.9)),
+                 ('ties', density), ('ties_svd', density), ('magnitude_prune', density),
+                 ('dare_linear', dict(density=1))]
         before = [(id(param), param.data_ptr()) for param in self.get_params()]
         for i, (combination_type, options) in enumerate(types):
             for adapters, weights in ((SOURCES, WEIGHTS), (['lora1'], [0.7]), (['lora3', 'lora0'], [0.5, 0.5])):
@@ -51,13 +51,13 @@ class TestWeightedAdapter(unittest.TestCase):
                     name = f'new{i}{len(adapters)}'
                     self.model.add_weighted_adapter(adapters, weights, name, combination_type, **options)
                     self.model.update_weighted_adapter(adapters, weights, 'fused', combination_type, **options)
-                    torch.testing.assert_close(self.get_outputs('fused'), self.get_outputs(name), rtol=1e-4, atol=1e-4)
+                    self.assert_close('fused', name)
         self.assertEqual([(id(param), param.data_ptr()) for param in self.get_params()], before)
 
     def test_update_zeroes_what_the_sources_do_not_touch(self):
         self.model.update_weighted_adapter(['lora3'], [1.], 'fused')
         self.assertFalse(self.layers[1].lora_B['fused'].weight.any())
-        torch.testing.assert_close(self.get_outputs('fused'), self.get_outputs('lora3'), rtol=1e-4, atol=1e-4)
+        self.assert_close('fused', 'lora3')
 
     def test_update_keeps_what_is_active(self):
         self.model.set_active_adapters('lora0')
