@@ -1,7 +1,7 @@
 """What some releases of ms-swift need in order to run at all with some of PEFT, and load what they saved.
 
-Each function is given the original and returns what takes its place: the original itself, where nothing needs mending.
-The edit that `swift-patch upstream` makes has the same mends in the places themselves.
+Each function is given the original and returns what takes its place: the original itself, where nothing needs mending,
+as in an ms-swift with the part `fix` of `swift-patch upstream`.
 """
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -51,7 +51,7 @@ def create_and_replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Needed by ms-swift up to 4.6 with PEFT 0.14 and later; `original` itself is returned where it is not.
     """
-    if not layer_arguments(Embedding.update_layer, LoraConfig()):
+    if not layer_arguments(Embedding.update_layer, LoraConfig()) or _extends_layers(original):
         return original
 
     @wraps(original)
@@ -61,6 +61,26 @@ def create_and_replace(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, lora_config, adapter_name, target, *args, **kwargs)
 
     return create
+
+
+def _extends_layers(create_and_replace: Callable[..., Any]) -> bool:
+    """Whether ms-swift itself gives `update_layer` all that the installed PEFT demands. Tried on a hollow layer."""
+    from swift.tuners.lora import LoRAConfig
+    given: Dict[str, Any] = {}
+
+    @wraps(Embedding.update_layer)
+    def update_layer(*args: Any, **kwargs: Any) -> None:
+        given.update(kwargs)
+
+    layer = Embedding.__new__(Embedding)
+    nn.Module.__init__(layer)
+    layer.__dict__['update_layer'] = update_layer
+    lora_model = SimpleNamespace(model=nn.Module(), _convert_dtype=lambda *_: None)
+    try:
+        create_and_replace(lora_model, LoRAConfig(), 'a', layer, 'a', None, current_key='a')
+    except Exception:
+        return False
+    return given.keys() >= layer_arguments(Embedding.update_layer, LoraConfig()).keys()
 
 
 @contextmanager
