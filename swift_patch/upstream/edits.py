@@ -33,11 +33,11 @@ class Edit(NamedTuple):
             UnexpectedCode: the lines are not there, or more than once.
         """
         # From the margin on: another line may end in the same way.
-        found = f'\n{source}'.count(f'\n{self.old}')
+        result, found = re.subn(f'(?m)^{re.escape(self.old)}', lambda _: self.new, source)
         if found != 1:
             raise UnexpectedCode(f'{self.path} is expected to have these lines once, found them {found} times. Is this '
                                  f'a release of ms-swift that swift_patch supports?\n{self.old}')
-        return f'\n{source}'.replace(f'\n{self.old}', f'\n{self.new}')[1:]
+        return result
 
 
 class Concern(NamedTuple):

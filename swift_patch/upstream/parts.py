@@ -1,4 +1,5 @@
 """A part whole: its edits, its test, its documentation, and its text."""
+import ast
 from pathlib import Path
 from typing import Dict, Mapping, NamedTuple
 
@@ -53,6 +54,11 @@ def changed(repo: Path, part: str, before: Mapping[str, str]) -> Dict[str, str]:
     files = {path: current(path) for path in paths(part)}
     for edit in edits(part, files):
         files[edit.path] = edit.applied(files[edit.path])
+    for path, source in files.items():
+        try:
+            ast.parse(source)
+        except SyntaxError as e:
+            raise UnexpectedCode(f'{path} is expected to be Python, but cannot be parsed: {e}') from e
     if not is_in(part, files):
         # ms-swift has it in a way of its own, which this test and these pages are not about.
         return {}
