@@ -1,6 +1,8 @@
-"""The part `refill` of `swift-patch upstream`: the seconds of the first, the tenth and the sixtieth sample in a row, through
-stock, the part and the plugin. Not gated. As a program, `python benchmarks/test_upstream.py`, it prints the table that is
-in the text of the part, in ten minutes: stock takes nearly all of them.
+"""The part `refill` of `swift-patch upstream`: the seconds of the first, the tenth and the sixtieth sample in a row,
+through stock, the part and the plugin.
+
+Not gated. As a program, `python benchmarks/test_upstream.py`, it prints the figures in the text of the part, in ten
+minutes, of which stock takes nearly all.
 """
 import pytest
 import random

@@ -25,6 +25,11 @@ def run(folder, *command, **environ):
     return process.stdout + process.stderr
 
 
+def beside(folder):
+    """The path on which both an edited ms-swift and this swift_patch are found first."""
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
 def passes_its_test(folder, part):
     """Whether the test of a part passes where importing swift_patch fails, as where it is not installed."""
     code = ("import sys, unittest; sys.modules['swift_patch'] = None; "
@@ -56,12 +61,12 @@ def test_the_plugin_does_beside_them_what_it_does_alone(edited_copy, tests):
         '-p',
         'no:cacheprovider',
         f'tests/weighted_adapter/{tests}',
-        PYTHONPATH=os.pathsep.join([str(edited_copy), str(ROOT)]))
+        PYTHONPATH=beside(edited_copy))
     assert ' passed' in printed and 'failed' not in printed
 
 
 REPORT = '''
-import inspect, swift
+import swift
 from pathlib import Path
 assert Path(swift.__file__).parents[1] == Path.cwd(), swift.__file__
 from swift_patch import patching
@@ -83,4 +88,4 @@ print('taken over and given back')
     'import swift.tuners.base\nimport swift_patch',
 ])
 def test_the_plugin_takes_over_the_methods_and_mends_nothing(edited_copy, code):
-    assert 'taken over and given back' in run(edited_copy, '-c', code + REPORT, PYTHONPATH=str(edited_copy))
+    assert 'taken over and given back' in run(edited_copy, '-c', code + REPORT, PYTHONPATH=beside(edited_copy))

@@ -203,7 +203,7 @@ def test_a_bias_of_the_sources_is_not_merged():
     ((['l0', 'l1'], [1.0, 1.0], 'fused', 'svd', -1), ValueError, 'svd_rank'),
     ((['l0', 'l1'], [1.0, 1.0], 'fused', 'cat'), ValueError, 'rank of at most 4'),
     ((['l0', 'l1'], [1.0, 1.0], 'fused', 'svd', 5), ValueError, 'rank of at most 4'),
-    ((['l0', 'wide'], [1.0, 1.0], 'fused'), ValueError, "to be in model.layers.0.mlp.gate_proj"),
+    ((['l0', 'wide'], [1.0, 1.0], 'fused'), ValueError, 'to be in model.layers.0.mlp.gate_proj'),
     ((['dora'], [1.0], 'fused'), ValueError, 'DoRA'),
 ])
 def test_what_is_refused_changes_nothing(arguments, error, message):
