@@ -1,4 +1,5 @@
 """An ms-swift with the parts, without swift_patch and beside it."""
+import json
 import os
 import pytest
 import subprocess
@@ -43,11 +44,29 @@ def test_the_test_of_each_part_passes_with_the_others(edited_copy, part):
     assert passes_its_test(edited_copy, part)
 
 
-# The others alone need peft below 0.19, or the fix.
-def test_the_test_of_the_fix_passes_alone(tmp_path):
-    folder = copy_of_ms_swift(tmp_path)
+@pytest.fixture(scope='module')
+def mended_copy(tmp_path_factory):
+    """A copy with the fix alone: what ms-swift does where it can do anything."""
+    folder = copy_of_ms_swift(tmp_path_factory.mktemp('mended'))
     assert main(['upstream', '--repo', str(folder), '--part', 'fix']) == 0
-    assert passes_its_test(folder, 'fix')
+    return folder
+
+
+# The others alone need peft below 0.19, or the fix.
+def test_the_test_of_the_fix_passes_alone(mended_copy):
+    assert passes_its_test(mended_copy, 'fix')
+
+
+def test_random_switching_leaves_what_it_left_without_the_parts(mended_copy, edited_copy, tmp_path):
+    traces = []
+    for folder in (mended_copy, edited_copy):
+        trace = tmp_path / 'trace.json'
+        script = Path(__file__).with_name('switching.py')
+        run(tmp_path, str(script), str(folder), '3', str(trace), PYTHONPATH=str(folder))
+        traces.append(json.loads(trace.read_text()))
+    steps = [step for trace in traces[0] for step in trace]
+    assert len(steps) > 300 and {kind for kind, _ in steps if isinstance(kind, int)} == set(range(10))
+    assert traces[1] == traces[0]
 
 
 # `make upstream-test` runs more of them.
