@@ -19,13 +19,22 @@ test: $(VENV)/.installed
 matrix: $(VENV)/.installed
 	$(BIN)/nox --session $(addprefix suite-,$(MATRIX)) table -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# The tests of swift_patch/weighted_adapter on a copy of the installed ms-swift with the edit of `swift-patch upstream`.
+# Copies of the installed ms-swift with each part of `swift-patch upstream` and with all. On each, the part's own test
+# without swift_patch (activation and refill alone need a peft below 0.19); on that with all, a sample of the suite.
+PARTS := fix activation refill
+OLDER_PEFT := build/peft-0.18
 upstream-test: $(VENV)/.installed
-	rm -rf build/edited
-	mkdir -p build/edited
-	cp -r $$($(BIN)/python -c 'import swift, os; print(os.path.dirname(swift.__file__))') build/edited/swift
-	$(BIN)/swift-patch upstream --repo build/edited
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/weighted_adapter --ms-swift build/edited $(PYTEST_ARGS)
+	rm -rf build/edited $(OLDER_PEFT)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDER_PEFT) peft==0.18.1
+	for part in $(PARTS) all; do mkdir -p build/edited/$$part && \
+		cp -r $$($(BIN)/python -c 'import swift, os; print(os.path.dirname(swift.__file__))') build/edited/$$part/swift && \
+		$(BIN)/swift-patch upstream --repo build/edited/$$part $$([ $$part = all ] || echo --part $$part) || exit 1; done
+	for part in $(PARTS) all; do for test in build/edited/$$part/tests/tuners/test_*.py; do \
+		PYTHONPATH=$(OLDER_PEFT):build/edited/$$part $(BIN)/python $$test || exit 1; done; done
+	for test in build/edited/fix/tests/tuners/test_*.py; do PYTHONPATH=build/edited/fix $(BIN)/python $$test || exit 1; done
+	for test in build/edited/all/tests/tuners/test_*.py; do PYTHONPATH=build/edited/all $(BIN)/python $$test || exit 1; done
+	PYTHONPATH=build/edited/all:. $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) \
+		tests/model/test_activation.py tests/model/test_refill.py tests/upstream/test_refill.py
 
 # All that is random, anew: STEPS steps of histories in each wrapper, and the properties in proportion. `make test` tries
 # the same few each time.
@@ -66,7 +75,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt swift_patch/__init__.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dist,lint,test,upstream]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dist,lint,test]'
 	touch $@
 
 clean:

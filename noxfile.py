@@ -66,7 +66,7 @@ def add_session(name: str, pins: Dict[str, str]) -> None:
         versions = {'torch': TORCH, **pins}
         constraints = Path(session.create_tmp()) / 'constraints.txt'
         constraints.write_text(''.join(f'{package}=={version}\n' for package, version in versions.items()))
-        session.install('--constraint', str(constraints), '--editable', '.[test,upstream]')
+        session.install('--constraint', str(constraints), '--editable', '.[test]')
         try:
             session.run('python', '-m', 'pytest', f'--junitxml={report}', *session.posargs)
         finally:

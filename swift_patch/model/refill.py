@@ -143,7 +143,10 @@ def _inject(adapters: Adapters, name: str, config: Any) -> None:
     injecting.peft_config[name] = config
     injecting.inject_adapter(adapters.model, name)
     config.has_additional_modules = True
-    tuner.adapters[name] = SwiftOutput(
+    output = tuner.adapters[name] = SwiftOutput(
         config=config,
         state_dict_callback=partial(lora_state_dict, bias=config.bias),
         mark_trainable_callback=partial(mark_lora_as_trainable, adapter_name=name, bias=config.bias))
+    if hasattr(output, 'weighted'):
+        # An ms-swift with the part `refill` of `swift-patch upstream` refills what is marked so.
+        output.weighted = True

@@ -1,7 +1,7 @@
 """What some releases of ms-swift need in order to run at all with some of PEFT, and to load what they saved.
 
-Each function is given the original and returns what takes its place: the original itself, where nothing needs fixing.
-The edit that `swift-patch upstream` makes has the same fixes in the places themselves.
+Each function is given the original and returns what takes its place: the original itself, where nothing needs fixing,
+as in an ms-swift with the part `fix` of `swift-patch upstream`.
 """
 import inspect
 from contextlib import contextmanager
@@ -53,7 +53,7 @@ def create_and_replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Needed by ms-swift up to 4.6 with PEFT 0.14 and later; `original` itself is returned where it is not.
     """
-    if not layer_arguments(Embedding.update_layer, LoraConfig()):
+    if not layer_arguments(Embedding.update_layer, LoraConfig()) or _extends_layers(original):
         return original
 
     @wraps(original)
@@ -63,6 +63,26 @@ def create_and_replace(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, lora_config, adapter_name, target, *args, **kwargs)
 
     return create
+
+
+def _extends_layers(create_and_replace: Callable[..., Any]) -> bool:
+    """Whether ms-swift itself gives `update_layer` all that the installed PEFT demands. Tried on a hollow layer."""
+    from swift.tuners.lora import LoRAConfig
+    given: Dict[str, Any] = {}
+
+    @wraps(Embedding.update_layer)
+    def update_layer(*args: Any, **kwargs: Any) -> None:
+        given.update(kwargs)
+
+    layer = Embedding.__new__(Embedding)
+    nn.Module.__init__(layer)
+    layer.__dict__['update_layer'] = update_layer
+    lora_model = SimpleNamespace(model=nn.Module(), _convert_dtype=lambda *_: None)
+    try:
+        create_and_replace(lora_model, LoRAConfig(), 'a', layer, 'a', None, current_key='a')
+    except Exception:
+        return False
+    return given.keys() >= layer_arguments(Embedding.update_layer, LoraConfig()).keys()
 
 
 @contextmanager

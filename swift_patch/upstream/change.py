@@ -1,32 +1,15 @@
-"""The whole change: edits of ms-swift's modules, the new package, a test, the documentation, and a diff of all that."""
+"""Files that change: their diffs, and how they are written."""
 import difflib
-import isort
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
-from yapf.yapflib.yapf_api import FormatCode
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from ..files import check_writable, told_as
-from .documentation import documented
-from .edits import EDITS, PACKAGE, SOURCES, YAPF_STYLE, UnexpectedCode, edited
-
-_FILES = Path(__file__).with_name('files')
-_LICENCE = '# Copyright (c) ModelScope Contributors. All rights reserved.\n'
-# ms-swift's, as in its setup.cfg.
-_ISORT = isort.Config(
-    line_length=120,
-    multi_line_output=isort.wrap_modes.WrapModes.GRID,
-    known_standard_library=frozenset({'setuptools'}),
-    known_first_party=frozenset({'swift'}),
-    known_third_party=frozenset({'json', 'yaml'}),
-    no_lines_before=frozenset({'STDLIB', 'LOCALFOLDER'}),
-    default_section='THIRDPARTY')
-TEST = 'tests/tuners/test_weighted_adapter.py'
+from ..files import check_writable, os_errors_as
+from .parts import changed, read
 
 
 class FileChange(NamedTuple):
-    """One file of the change.
+    """One file of a change.
 
     Attributes:
         path: where it is in the checkout.
@@ -44,9 +27,7 @@ class FileChange(NamedTuple):
         return diff.count('+'), diff.count('-')
 
     def diff(self) -> str:
-        """Returns the change in the format of `git diff`; empty where there is none."""
-        if self.old == self.new:
-            return ''
+        """Returns the change in the format of `git diff`."""
         old = (self.old or '').splitlines(keepends=True)
         names = f'a/{self.path}', f'b/{self.path}'
         lines = difflib.unified_diff(old, self.new.splitlines(keepends=True),
@@ -54,65 +35,54 @@ class FileChange(NamedTuple):
         # git marks a last line without a newline, difflib does not.
         body = ''.join(line if line.endswith('\n') else f'{line}\n\\ No newline at end of file\n' for line in lines)
         header = f'diff --git {names[0]} {names[1]}\n' + ('new file mode 100644\n' if self.old is None else '')
-        return header + body
+        # By this line alone git knows an empty file.
+        return header + (body or 'index 000000000..e69de29bb\n')
 
 
-def change(repo: Path) -> List[FileChange]:
-    """Returns what is to be changed in a checkout of ms-swift, or in a copy of its sources. Nothing is written.
+def changes(repo: Path, parts: Sequence[str]) -> Dict[str, List[FileChange]]:
+    """Returns by part what is to be changed, each on top of those before it. Nothing is written.
 
     Args:
-        repo: The folder that has `swift/tuners` in it.
+        repo: The checkout.
+        parts: Some of `parts.PARTS`.
 
     Raises:
         UnexpectedCode: the checkout is not one, or does not look as expected.
     """
-    if not (repo / 'swift' / 'tuners').is_dir():
-        raise UnexpectedCode(f'{repo} is expected to be a checkout of ms-swift, but has no folder swift/tuners.')
-    files: Dict[str, str] = {}
-    for path in EDITS:
-        if not (repo / path).is_file():
-            raise UnexpectedCode(f'{path} is expected in {repo}, but is not there. Is this a release of ms-swift that '
-                                 'swift_patch supports?')
-        files[path] = edited(path, _read(repo / path))
-    for module in sorted(SOURCES.glob('*.py')):
-        files[f'swift/tuners/{PACKAGE}/{module.name}'] = _styled(_LICENCE + _read(module))
-    files[TEST] = _styled(_LICENCE + _read(_FILES / 'test_weighted_adapter.py'))
-    files.update(documented(repo, _FILES))
-    return [
-        FileChange(path,
-                   _read(repo / path) if (repo / path).is_file() else None, new) for path, new in sorted(files.items())
-    ]
+    now: Dict[str, str] = {}
+    found: Dict[str, List[FileChange]] = {}
+    for part in parts:
+        files = changed(repo, part, now)
+        old = {path: now.get(path, read(repo / path) if (repo / path).is_file() else None) for path in files}
+        found[part] = [FileChange(path, old[path], new) for path, new in sorted(files.items()) if new != old[path]]
+        now.update(files)
+    return found
 
 
-def write(repo: Path, changes: List[FileChange]) -> None:
+def together(of_parts: Dict[str, List[FileChange]]) -> List[FileChange]:
+    """Returns one change for each file that some parts change."""
+    files: Dict[str, FileChange] = {}
+    for change in (change for of_part in of_parts.values() for change in of_part):
+        files[change.path] = files.get(change.path, change)._replace(new=change.new)
+    return [files[path] for path in sorted(files)]
+
+
+def write(repo: Path, files: Sequence[FileChange]) -> None:
     """Makes the changes in a checkout.
 
     Raises:
         ValueError: one of the files cannot be written. All of them are as they were.
     """
-    changed = [item for item in changes if item.old != item.new]
-    for item in changed:
-        check_writable(repo / item.path)
+    for change in files:
+        check_writable(repo / change.path)
     with ExitStack() as undo:
-        for item in changed:
-            path = repo / item.path
-            with told_as(f'Cannot write {path}'):
+        for change in files:
+            path = repo / change.path
+            with os_errors_as(f'Cannot write {path}'):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if item.old is None:
+                if change.old is None:
                     undo.callback(path.unlink, missing_ok=True)
                 else:
-                    undo.callback(path.write_bytes, item.old.encode())
-                path.write_bytes(item.new.encode())
+                    undo.callback(path.write_bytes, change.old.encode())
+                path.write_bytes(change.new.encode())
         undo.pop_all()
-
-
-@lru_cache(maxsize=None)
-def _styled(source: str) -> str:
-    """Returns a module in ms-swift's style. That takes seconds, and is the same for every checkout."""
-    styled: str
-    styled, _ = FormatCode(isort.code(source, config=_ISORT), style_config=YAPF_STYLE)
-    return styled
-
-
-def _read(path: Path) -> str:
-    return path.read_bytes().decode()

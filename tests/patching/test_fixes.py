@@ -151,6 +151,20 @@ def test_an_ms_swift_that_loads_embeddings_is_left_alone():
     assert fixes.load_state_dict(mended) is mended
 
 
+def test_an_ms_swift_that_extends_layers_rightly_is_left_alone():
+    if not layer_arguments(Embedding.update_layer, LoraConfig()):
+        pytest.skip('this release of PEFT demands nothing more')
+
+    def mended(self, lora_config, adapter_name, target, target_name, parent, current_key):
+        target.update_layer(adapter_name, 1, **layer_arguments(target.update_layer, lora_config))
+
+    def lacking(self, lora_config, adapter_name, target, target_name, parent, current_key):
+        target.update_layer(adapter_name, 1)
+
+    assert mends.create_and_replace(mended) is mended
+    assert mends.create_and_replace(lacking) is not lacking
+
+
 def test_an_update_that_fails_leaves_the_layer_as_it_was():
     model = swift_model(loras(1, target_modules=['linear']), AllKinds())
 

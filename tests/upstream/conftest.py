@@ -21,7 +21,7 @@ def repo(stock_copy, tmp_path):
 
 @pytest.fixture(scope='session')
 def edited_copy(tmp_path_factory):
-    """A copy of the installed ms-swift with the edit."""
+    """A copy of the installed ms-swift with all three parts."""
     from swift_patch.cli import main
     folder = copy_of_ms_swift(tmp_path_factory.mktemp('edited'))
     assert main(['upstream', '--repo', str(folder)]) == 0
