@@ -161,8 +161,8 @@ def test_an_ms_swift_that_extends_layers_rightly_is_left_alone():
     def lacking(self, lora_config, adapter_name, target, target_name, parent, current_key):
         target.update_layer(adapter_name, 1)
 
-    assert mends.create_and_replace(mended) is mended
-    assert mends.create_and_replace(lacking) is not lacking
+    assert fixes.create_and_replace(mended) is mended
+    assert fixes.create_and_replace(lacking) is not lacking
 
 
 def test_an_update_that_fails_leaves_the_layer_as_it_was():
