@@ -67,18 +67,20 @@ DEFECTS = [
     Defect('what has grown is not undone', 'model/growth.py', 'undo.callback(_restore, container, name, old)', 'pass',
            ('model/test_growth.py', 'whose_growth_fails')),
     Defect('a key of alpha_pattern matches other layers, too', 'model/growth.py',
-           'if any(end in plain for end in _ends(name)):', 'if False:', ('model/test_growth.py', 'saved_and_loaded')),
+           'if any(end in plain for end in _ends(name)):', 'if False:',
+           ('model/test_growth.py', 'names_end_with_others')),
     Defect('an add that fails leaves what PEFT did besides', 'model/refill.py', 'own.callback(tree.restore)', 'pass',
            ('model/test_refill.py', 'an_add_that_fails')),
     Defect('a new adapter gets all layers of its sources', 'model/plan.py', 'if name not in wanted:', 'if False:',
            ('model/test_plan.py', 'passed_over_whatever_came_before')),
     Defect('a fused adapter that something else wrote to is cut to its record', 'model/adapters.py',
-           'return record if intact else None', 'return record', ('model/test_refill.py', 'put_back')),
+           'return record if intact else None', 'return record',
+           ('model/test_refill.py', 'something_else_wrote_to_is_the_source')),
     Defect('the target is checked after it was written', 'model/refill.py', """\
         check_target(adapters, plan, sources, name)
 """, '', ('model/test_plan.py', 'bad_input and (itself or dora)')),
     Defect('a trained adapter of a fused one\'s name is taken for it', 'model/memory.py', 'found.config() is config',
-           'True', ('model/test_plan.py', 'took_the_name')),
+           'True', ('model/test_plan.py', 'copied_config')),
     Defect('the index of layers never goes stale', 'model/index.py', 'if not is_same:', 'if False:',
            ('model/test_index.py', 'notices')),
     Defect(

@@ -99,6 +99,21 @@ def test_a_trained_adapter_is_neither_replaced_nor_made_refillable_by_adding_one
     assert all(torch.equal(delta, before[name]) for name, delta in deltas(model, 'l2').items())
 
 
+@pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, lambda found: found])
+def test_a_new_adapter_of_a_copied_config_of_a_fused_one_is_never_overwritten(copied):
+    model, other = peft_model(loras(cls=LoraConfig)), peft_model(loras(cls=LoraConfig))
+    add(model)
+    other.add_adapter('fused', copied(model.peft_config['fused']))
+    with pytest.raises(ValueError, match='trained'):
+        update(other)
+    if copied(model.peft_config['fused']) is not model.peft_config['fused']:
+        found = copied(model.peft_config['fused'])
+        model.delete_adapter('fused')
+        model.add_adapter('fused', found)
+        with pytest.raises(ValueError, match='trained'):
+            update(model)
+
+
 def test_a_new_adapter_that_took_the_name_of_a_deleted_fused_one_is_never_overwritten():
     model = peft_model(loras(cls=LoraConfig))
     add(model)
