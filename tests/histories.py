@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models import Nested, activate, config, deltas, layers, outputs, qwen2, reproducible_masks, stock
-from peft import PeftModel
 from swift.tuners import Swift
 from swift.tuners import utils as swift_utils
 from swift.tuners.utils import SwiftAdapter
@@ -474,9 +473,6 @@ class Histories(RuleBasedStateMachine):
             if side in self.sides_by_stock():
                 for name in self.fused:
                     self.make_savable(side, name)
-            if isinstance(side.wrappers[0], PeftModel) and side.wrappers[0].active_adapter not in names:
-                # PEFT cannot save while the adapter is active that was deleted.
-                side.wrappers[0].set_adapter(names[0])
             with tempfile.TemporaryDirectory() as folder:
                 side.wrappers[0].save_pretrained(folder)
                 side.renew([self.load(self.base_with_heads(), folder, names)])

@@ -57,7 +57,8 @@ def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], u
     for attribute in _DESCRIBED:
         undo.callback(setattr, config, attribute, getattr(config, attribute, None))
     if missing:
-        config.target_modules = _targets({*old, *missing}, adapters.view.index.names)
+        config.target_modules = _targets({*old, *missing}, adapters.view.index.names,
+                                         isinstance(config.target_modules, str))
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     adapters.changed(name)
     describe(adapters, name, config, rank)
@@ -98,12 +99,13 @@ def _pattern(alphas: Mapping[str, float], common: float) -> Dict[str, float]:
     return {**exact, **plain}
 
 
-def _targets(names: Set[str], modules: Iterable[str]) -> Any:
+def _targets(names: Set[str], modules: Iterable[str], is_expression: bool) -> Any:
     """Returns target modules that are these layers and no other of the modules.
 
-    A listed name stands for all modules whose names end with it: an expression is needed where there are others.
+    What was an expression stays one, for PEFT does not merge it with a list. A listed name stands for all modules whose
+    names end with it: an expression is needed where there are others, too.
     """
-    if any(end in names for name in modules if name not in names for end in _ends(name)):
+    if is_expression or any(end in names for name in modules if name not in names for end in _ends(name)):
         return '|'.join(f'({re.escape(name)})' for name in sorted(names))
     return names
 

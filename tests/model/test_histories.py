@@ -164,8 +164,15 @@ class PeftHistories(Histories):
     def delete_a_source(self, data):
         name = data.draw(st.sampled_from(self.sources), 'source')
         if not self.has_layers_of_zeros():
-            self.both(lambda side: side.wrappers[0].delete_adapter(name))
+            self.both(lambda side: self.delete(side.wrappers[0], name))
             self.sources.remove(name)
+
+    @staticmethod
+    def delete(model, name):
+        model.delete_adapter(name)
+        if name == model.active_adapter:
+            # A PeftModel goes on with a name that is gone, and fails at whatever asks for its config.
+            model.set_adapter(next(other for other in model.peft_config if other != name))
 
     # PEFT cannot unload a model with `modules_to_save` unless exactly one adapter that has them is active.
     @precondition(lambda self: not self.is_merged() and not self.saves_module and self.taken > 4)
