@@ -1,4 +1,4 @@
-"""The work of one sample, counted: operations, elements that are written, functions that are called, looks at the model.
+"""The work of one sample, counted: operations, elements that are written, functions that are called, looks taken.
 
 Three of 14 LoRAs of rank 8 in 168 LoRA layers are composed anew. What is gated here is a matter of the code alone, so
 that the bounds hold on a busy machine, too; what the same costs in time is reported by the other benchmarks.

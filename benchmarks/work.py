@@ -3,7 +3,7 @@ import sys
 import torch
 from measure import Ratio
 from torch.utils._python_dispatch import TorchDispatchMode
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Tuple
 
 
 class Writes(TorchDispatchMode):
@@ -63,10 +63,11 @@ def over(count: float, yardstick: float) -> Ratio:
 
 def counted(owner: Any, name: str, candidate: Callable[[], Any]) -> int:
     """Returns how often `owner.name`, a function of a class or a module, is called within a call."""
-    original, found = getattr(owner, name), []  # type: Any, List[None]
+    original = getattr(owner, name)
+    found: List[Tuple[Any, ...]] = []
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        found.append(None)
+        found.append(args)
         return original(*args, **kwargs)
 
     setattr(owner, name, counting)
