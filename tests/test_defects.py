@@ -85,8 +85,8 @@ DEFECTS = [
            ('model/test_index.py', 'notices')),
     Defect(
         'the index of layers does not look into modules that had no children', 'model/index.py',
-        "                self._parents.append(place)\n",
-        "                if not children:\n                    continue\n                self._parents.append(place)\n",
+        '                self._parents.append(place)\n',
+        '                if not children:\n                    continue\n                self._parents.append(place)\n',
         ('model/test_index.py', 'had_none')),
     Defect('a `fused` block does not hold the lock', 'compose/composer.py', """\
         with self._model_lock.lock:
