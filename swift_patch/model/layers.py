@@ -2,33 +2,22 @@
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from ..lora.factors import Factors
 
 # Keyed by adapter name in every LoRA layer, besides those that `adapter_layer_names` and `other_param_names` list.
 _MORE_CONTAINERS = ('use_rslora', 'use_dora', 'lora_bias', 'lora_variant')
 
-
-class Holder(NamedTuple):
-    """One `ModuleDict` of a LoRA layer, keyed by adapter.
-
-    Attributes:
-        layer: the layer.
-        attribute: its attribute.
-        modules: the modules by adapter, as they are now.
-    """
-    layer: LoraLayer
-    attribute: str
-    modules: Dict[str, nn.Module]
+# One `ModuleDict` of a LoRA layer, keyed by adapter: the layer, the attribute, and the modules as they are now.
+Holder = Tuple[LoraLayer, str, Dict[str, nn.Module]]
 
 
 def adapter_modules(layers: Iterable[LoraLayer]) -> List[Holder]:
     """Returns every `ModuleDict` of some layers that is keyed by adapter."""
-    return [
-        Holder(layer, name, child._modules) for layer in layers for name in layer.adapter_layer_names
-        if isinstance(child := layer._modules.get(name), nn.ModuleDict)
-    ]
+    # Without a call: each switch asks all layers for this.
+    return [(layer, name, children[name]._modules) for layer in layers if (children := layer._modules)
+            for name in layer.adapter_layer_names if name in children and children[name].__class__ is nn.ModuleDict]
 
 
 def adapter_containers(layer: LoraLayer) -> Dict[str, Any]:
