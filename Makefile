@@ -46,7 +46,7 @@ fuzz: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json benchmarks.json $(PYTEST_ARGS)
 
-# Only the ratios that have a bound in benchmarks/gate.toml; red where one is missed.
+# Only what has a bound in benchmarks/gate.toml; red where one is missed.
 bench-gate: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks -m gate --tb=line $(PYTEST_ARGS)
 

@@ -13,7 +13,7 @@ from ..errors import short_repr
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.composition import Composition, check_names
 from ..model.adapters import Adapters
-from ..model.layers import factors_of
+from ..model.layers import parameters_of
 from ..model.plan import check_new_name, check_source
 from ..model.refill import add, make_room, refill
 from ..model.undo import Undo
@@ -212,7 +212,7 @@ class FusionComposer:
                 pass
             elif self.adapter_name in adapters.configs:
                 adapters.record(self.adapter_name)
-                refill(adapters, composition, self.adapter_name)
+                refill(adapters, composition, self.adapter_name, undo)
             else:
                 add(adapters, composition, self.adapter_name, undo)
                 adapters = Adapters.of(self._tuner)
@@ -227,9 +227,11 @@ class FusionComposer:
                 check_source(name, adapters)
             composition = composition.selected()
         sources = composition.sources
-        if self._is_exact and sources[0] in adapters.configs and getattr(
-                adapters.config(sources[0]), 'use_rslora', False):
-            rank = sum(adapters.config_rank(source) for source in sources if source in adapters.configs)
+        if self._is_exact:
+            for name in sources:
+                check_source(name, adapters)
+        if self._is_exact and adapters.config(sources[0]).use_rslora:
+            rank = sum(map(adapters.config_rank, sources))
             composition = composition.weighted(1 / math.sqrt(rank))
         return composition
 
@@ -246,7 +248,7 @@ class FusionComposer:
             self._model.set_adapter(name)
             # PEFT takes an adapter that is switched on for one to be trained.
             for _, layer in adapters.layers:
-                for parameter in factors_of(layer, name) or ():
+                for parameter in parameters_of(layer, name):
                     parameter.requires_grad_(False)
 
 

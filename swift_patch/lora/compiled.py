@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 # `_sums`, compiled; None unless somebody asked for it.
 _kernel: Optional[Callable[[List[Tensor], List[Tensor], List[List[Tensor]]], None]] = None
 
-# What PyTorch compiles no more, for it would say so at every merge: numbers of sources with dtypes and devices.
+# Kinds past PyTorch's recompile limit, of which it would log at every merge: numbers of sources, dtypes and devices.
 _beyond_limit: Set[Tuple[Any, ...]] = set()
 
 
@@ -30,7 +30,7 @@ def compile_merging(enabled: bool = True) -> None:
     """
     global _kernel
     _beyond_limit.clear()
-    # In full, for else PyTorch would run the lines of `_sums` one by one where it compiles no more.
+    # `fullgraph`: past the limit it raises instead of running `_sums` eagerly.
     _kernel = torch.compile(_sums, dynamic=True, fullgraph=True) if enabled else None
 
 
@@ -57,7 +57,7 @@ def compiled_sums(tensors: Sequence[Sequence[Tensor]], weights: Sequence[Sequenc
             list(outs),
             [torch.tensor(of_sum, dtype=dtype).to(outs[0].device) for of_sum, dtype in zip(weights, dtypes)],
             list(map(list, tensors)))
-    except torch._dynamo.exc.FailOnRecompileLimitHit:
+    except _limit_hit():
         # What is compiled already stays of use.
         _beyond_limit.add(kind)
         return False
@@ -70,6 +70,12 @@ def compiled_sums(tensors: Sequence[Sequence[Tensor]], weights: Sequence[Sequenc
                        f'{(str(e) or repr(e)).splitlines()[0]}')
         return False
     return True
+
+
+def _limit_hit() -> Any:
+    """Returns the class of the error at PyTorch's recompile limit, which was named after the cache at first."""
+    errors = torch._dynamo.exc
+    return getattr(errors, 'FailOnRecompileLimitHit', None) or getattr(errors, 'FailOnCacheLimitHit')
 
 
 def _sums(outs: List[Tensor], weights: List[Tensor], tensors: List[List[Tensor]]) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from functools import lru_cache, reduce
 from peft.tuners.lora import LoraModel
-from torch import Tensor, nn
+from torch import Tensor
 from types import SimpleNamespace
 from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -153,10 +153,8 @@ def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tens
 @lru_cache(maxsize=None)
 def _is_sign_on_both_factors() -> bool:
     """Whether PEFT puts a negative sign on both factors (up to 0.18), where it cancels, or on A alone. It is tried."""
-    A, B = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        A.weight.fill_(1.0)
-        B.weight.fill_(1.0)
+    # No modules, whose initial values would be drawn from the user's random numbers.
+    A, B = (SimpleNamespace(weight=torch.ones(1, 1, device='cpu')) for _ in 'AB')
     layer = SimpleNamespace(lora_A={'a': A}, lora_B={'a': B}, lora_embedding_A={}, scaling={'a': 1.0})
     _, merged_B = LoraModel._generalized_task_arithmetic_weighted_adapter(None, 'linear', ['a'], [-1.0], layer, None,
                                                                           'total')

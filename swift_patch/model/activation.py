@@ -159,7 +159,7 @@ def switch_adapters(view: View, activate: AbstractSet[str], deactivate: Abstract
         # Not by the properties that say so: in a switch that changes nothing, this is what there is to do.
         thread = 0 if layer._unique_thread else this_thread
         states = layer._thread_inf.get(thread, {})
-        # All layers are mostly in one state: what one of them needs no more, none needs.
+        # A layer in the state that the last one ended in needs no change.
         if states == right:
             continue
         for name in activate:

@@ -104,10 +104,13 @@ class Adapters:
                              'another name and make it by `add_weighted_adapter` first.')
         return record
 
-    def remember(self, name: str, options: MergeOptions, config: LoraConfig, layers: LayersOfNew) -> None:
-        """Records what the fused adapter `name` was filled with, see `FusedRecord`."""
+    def remember(self, name: str, options: MergeOptions, config: LoraConfig, layers: LayersOfNew,
+                 undo: ExitStack) -> None:
+        """Records what the fused adapter `name` was filled with, see `FusedRecord`. `undo` takes what undoes it."""
         before = self.record_or_none(name)
         record = FusedRecord(options, config, layers, {} if before is None else before.spare)
+        if before is not None:
+            undo.callback(keep_record, self.model, name, self.configs[name], before)
         keep_record(self.model, name, self.configs[name], record)
 
     def record_of_source(self, name: str) -> Optional[FusedRecord]:

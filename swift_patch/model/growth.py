@@ -51,7 +51,7 @@ def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], u
     for layer_name, like in missing.items():
         layer = layers[layer_name]
         _install(layer, name, like, rank, undo)
-        # One tensor may not be the scaling of two layers: each is changed in place.
+        # Layers must not share a scaling tensor, since each is changed in place.
         layer.scaling[name] = scaling.clone() if isinstance(scaling, torch.Tensor) else scaling
         layer.use_rslora[name], layer.use_dora[name] = config.use_rslora, False
     for attribute in _DESCRIBED:
@@ -128,6 +128,9 @@ def _install(layer: LoraLayer, name: str, like: str, rank: int, undo: ExitStack)
             old = container[name] if name in container else None
             undo.callback(_restore, container, name, old)
             container[name] = copy.deepcopy(container[like])
+            if is_new and isinstance(container[name], nn.Module):
+                # The adapter that it is like may have been offloaded.
+                container[name].__dict__.pop('origin_device', None)
     target = factors_of(layer, name)
     assert target is not None  # It was copied just now.
     new = Factors(

@@ -2,7 +2,7 @@
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from ..lora.factors import Factors
 
@@ -37,6 +37,16 @@ def factors_of(layer: LoraLayer, adapter: str) -> Optional[Factors]:
     if adapter in layer.lora_embedding_A:
         return Factors(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
     return None
+
+
+def parameters_of(layer: LoraLayer, adapter: str) -> Iterator[nn.Parameter]:
+    """Yields all parameters of `adapter` in `layer`: A and B, and a bias or a magnitude where it has one."""
+    for container in adapter_containers(layer).values():
+        value = container[adapter] if adapter in container else None
+        if isinstance(value, nn.Module):
+            yield from value.parameters()
+        elif isinstance(value, nn.Parameter):
+            yield value
 
 
 def has_adapter(layer: LoraLayer, adapter: str) -> bool:

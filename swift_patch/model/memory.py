@@ -97,9 +97,11 @@ class Memory:
         index: where its modules are.
         layouts: where the factors of each adapter lie, see `packing.Layout`.
         new: what new adapters would be, by the sources' configs, see `new_adapter`.
+        lock: held while an adapter is packed and written, for one thread would move what another one reads.
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.index: Optional[LoraIndex] = None
         self.layouts: Dict[str, Any] = {}
         self.new: 'OrderedDict[Any, NewAdapter]' = OrderedDict()
@@ -116,13 +118,13 @@ class Memory:
     def look(self, model: nn.Module) -> View:
         """Returns the modules of `model`, which are walked only where they are not those that were walked before."""
         view = None if self.index is None else self.index.look(model)
-        if view is None:
+        # Again where another thread adds a layer between the walk and the look.
+        while view is None:
             # What is remembered of the layers names their places in the index.
             self.layouts.clear()
             self.new.clear()
             self.index = LoraIndex(model)
             view = self.index.look(model)
-            assert view is not None
         return view
 
     def remember_new(self, key: Any, found: NewAdapter) -> NewAdapter:

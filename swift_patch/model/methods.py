@@ -158,7 +158,9 @@ def update_weighted_adapter(
     if combination_type is None:
         changed = [item.name for item in fields(given) if getattr(given, item.name) != item.default]
         given = replace(record.options, **{name: getattr(given, name) for name in changed})
-    refill(found, Composition.of(adapters, weights, given), adapter_name)
+    with Undo() as undo:
+        refill(found, Composition.of(adapters, weights, given), adapter_name, undo)
+        undo.commit()
 
 
 def _new_composition(adapters: List[str], weights: List[float], adapter_name: str,

@@ -18,6 +18,7 @@ from ..lora.changes_base import changes_base
 from .adapters import Adapters
 from .layers import groups_of, has_adapter
 from .memory import NewAdapter
+from .undo import copied_containers
 
 # The name of the adapter in the copy.
 _NAME = 'new'
@@ -168,10 +169,7 @@ def _without_values(model: nn.Module) -> nn.Module:
             return modules[module]
         new = modules[module] = type(module).__new__(type(module))
         # By type, not by name: torch, PEFT and ms-swift keep what belongs to an adapter in dicts.
-        state = {
-            name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
-            for name, value in module.__dict__.items()
-        }
+        state = {name: copied_containers(value) for name, value in module.__dict__.items()}
         new.__dict__ = state
         state['_parameters'] = {name: of_tensor(value) for name, value in module._parameters.items()}
         state['_buffers'] = {name: of_tensor(value) for name, value in module._buffers.items()}

@@ -67,7 +67,9 @@ class Layout:
         self.rank = max((A[0] for A, _ in self.shapes), default=0)
         self.biased = [i for i, (_, _, layer) in enumerate(found) if layer.lora_bias.get(adapter)]
         self._adapter = adapter
-        self._has_embeddings = any(adapter in layer.lora_embedding_A for _, _, layer in found)
+        # An embedding has A and B as parameters; a parametrized module has no parameter `weight`.
+        modules = [layer._modules[side]._modules.get(adapter) for _, _, layer in found for side in ('lora_A', 'lora_B')]
+        self._has_modules = all(module is not None and 'weight' in module._parameters for module in modules)
 
         parameters = self.find(view)
         A, B = self.sides(parameters)
@@ -101,7 +103,7 @@ class Layout:
             KeyError: a layer does not have the adapter any more.
         """
         name, layers = self._adapter, self.layers(view)
-        if not self._has_embeddings:
+        if self._has_modules:
             # Past everything that is not a dict: this is most of the time of a small merge.
             children = [layer._modules for layer in layers]
             A = [of_layer['lora_A']._modules[name]._parameters['weight'] for of_layer in children]
@@ -191,7 +193,7 @@ class AdapterFactors:
 def pack(layouts: Dict[str, Layout], view: View, adapter: str, undo: ExitStack) -> None:
     """Moves the factors of an adapter into one piece of memory for each dtype and device.
 
-    Nothing is done where they are there already, or where somebody else holds their memory, too.
+    A no-op where they are packed already, and where anything else holds their memory.
 
     Args:
         layouts: see `AdapterFactors.of`.

@@ -4,6 +4,7 @@
 that can be wrong is found in the plan, before the first write; what fails all the same is undone.
 """
 import copy
+import torch
 from functools import partial
 from peft.tuners.lora import LoraModel
 from typing import Any, Dict, Sequence, Set
@@ -32,7 +33,8 @@ def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> 
         ValueError: the sources cannot be merged this way. The model is as it was.
     """
     # What undoes a failure here comes last, so that it runs before an adapter goes back to where it was offloaded.
-    with plain_tensors(adapters), on_device(adapters, composition.sources) as offloaded, Undo() as own:
+    with adapters.memory.lock, plain_tensors(adapters), on_device(adapters,
+                                                                  composition.sources) as offloaded, Undo() as own:
         _pack_sources(adapters, composition.sources, offloaded, own)
         plan = plan_merge(adapters, composition)
         tree = Tree(adapters.tuner)
@@ -40,10 +42,12 @@ def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> 
         # Growth describes another rank in it.
         config = copy.deepcopy(plan.config)
         config.r = config.lora_alpha = plan.rank
-        _inject(adapters, name, config)
-        for parameter_name, parameter in adapters.model.named_parameters():
-            if name in parameter_name.split('.'):
-                parameter.requires_grad = False
+        # PEFT changes what needs a gradient, which inference tensors allow in their own mode alone.
+        with torch.inference_mode(any(parameter.is_inference() for parameter in adapters.model.parameters())):
+            _inject(adapters, name, config)
+            for parameter in adapters.model.parameters():
+                if tree.is_new(parameter):
+                    parameter.requires_grad = False
         plan = prune_at_random(adapters, plan)
         merged = {batch.names: merge_batch(plan, batch) for batch in plan.batches}
         adapters = Adapters.of(adapters.tuner)
@@ -61,27 +65,29 @@ def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> 
         describe(adapters, name, config, plan.rank)
         adapters.pack(name, own)
         write(adapters, name, plan, lambda batch, _: merged[batch.names], own)
-        adapters.remember(name, composition.options, plan.config, plan.layers)
+        adapters.remember(name, composition.options, plan.config, plan.layers, own)
         own.commit()
     # From here on it is the caller's to undo.
     undo.callback(tree.restore)
 
 
-def refill(adapters: Adapters, composition: Composition, name: str) -> None:
+def refill(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> None:
     """Refills a fused adapter in place. Which adapters are active stays as it is.
 
     Args:
         adapters: the adapters of the model.
         composition: what to merge, and how.
         name: the fused adapter.
+        undo: takes what undoes it. Nothing is committed.
 
     Raises:
         ValueError: the sources cannot be merged this way. The model is as it was, bit by bit.
     """
     sources = composition.sources
     # What undoes it comes last, so that it runs before an adapter goes back to where it was offloaded.
-    with plain_tensors(adapters), on_device(adapters, (*sources, name)) as offloaded, Undo() as undo:
-        _pack_sources(adapters, sources, offloaded, undo)
+    with adapters.memory.lock, plain_tensors(adapters), on_device(adapters,
+                                                                  (*sources, name)) as offloaded, Undo() as own:
+        _pack_sources(adapters, sources, offloaded, own)
         plan = plan_merge(adapters, composition)
         check_target(adapters, plan, sources, name)
         places = adapters.factors(name).layout.places
@@ -90,10 +96,14 @@ def refill(adapters: Adapters, composition: Composition, name: str) -> None:
             for batch in plan.batches
             for layer_name in batch.names if layer_name not in places
         }
-        grow(adapters, name, max(rank for rank, _ in plan.layers.values()), missing, undo)
-        write(adapters, name, prune_at_random(adapters, plan), partial(merge_batch, plan), undo)
-        adapters.remember(name, composition.options, plan.config, plan.layers)
-        undo.commit()
+        grow(adapters, name, max(rank for rank, _ in plan.layers.values()), missing, own)
+        write(adapters, name, prune_at_random(adapters, plan), partial(merge_batch, plan), own)
+        adapters.remember(name, composition.options, plan.config, plan.layers, own)
+        if name in offloaded:
+            # It goes back to where it has no values that could be put back.
+            own.commit()
+        else:
+            own.pass_to(undo)
 
 
 def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) -> None:
@@ -114,10 +124,12 @@ def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) 
         missing.update(dict.fromkeys(adapters.factors(source).layout.names, source))
     for layer_name in adapters.factors(name).layout.names:
         missing.pop(layer_name, None)
-    with plain_tensors(adapters), on_device(adapters, [name]), Undo() as undo:
+    # Of the sources, those that a layer is made like.
+    needed = (*dict.fromkeys(missing.values()), name)
+    with adapters.memory.lock, plain_tensors(adapters), on_device(adapters, needed) as offloaded, Undo() as undo:
         grow(adapters, name, rank, missing, undo)
         for source in sources:
-            if not adapters.factors(source).layout.is_meta:
+            if source not in offloaded and not adapters.factors(source).layout.is_meta:
                 adapters.pack(source, undo)
         undo.commit()
 

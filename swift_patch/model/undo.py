@@ -43,7 +43,12 @@ class Undo(ExitStack):
             values = self._memory[begin:end].view(tensor.dtype).view(tensor.shape)
             values.copy_(tensor.data)
             self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-        self.callback(tensor.data.copy_, values)
+        self.callback(_put_back, tensor, values)
+
+    def pass_to(self, other: 'Undo') -> None:
+        """Has `other` undo what this would undo, and keep the memory for it."""
+        other.push(self.pop_all().__exit__)
+        other._spare, other._memory, self._memory = self._spare, self._memory, None
 
     def commit(self) -> None:
         """Keeps what was done."""
@@ -65,6 +70,7 @@ class Tree:
     def __init__(self, root: nn.Module):
         self._modules = [(module, dict(module.__dict__), _contents(module)) for module in root.modules()]
         self._parameters = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+        self._known = {id(parameter) for parameter, _ in self._parameters}
 
     def restore(self) -> None:
         """Puts everything back. The containers stay the same objects."""
@@ -76,7 +82,28 @@ class Tree:
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
         for parameter, requires_grad in self._parameters:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(requires_grad)
+
+    def is_new(self, parameter: nn.Parameter) -> bool:
+        """Returns whether a parameter was not in the tree."""
+        return id(parameter) not in self._known
+
+
+def copied_containers(value: Any) -> Any:
+    """Returns a dict, list or set as a copy, with copies of those that are values of a dict; anything else as it is."""
+    if not _is_container(value):
+        return value
+    copied = value.copy()
+    if type(value) is dict:
+        copied.update((key, inner.copy()) for key, inner in value.items() if _is_container(inner))
+    return copied
+
+
+def _put_back(tensor: Tensor, values: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.data.copy_(values)
 
 
 def _contents(module: nn.Module) -> List[Tuple[Any, Any]]:

@@ -3,7 +3,7 @@ import torch
 from dataclasses import replace
 from itertools import groupby
 from torch import Tensor
-from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..errors import short_repr
 from ..lora.factors import Factors, padded, rescaled
@@ -98,8 +98,27 @@ def write(adapters: Adapters, adapter_name: str, plan: Plan, merged: Callable[[B
             old.zero_()
     if not layout.is_inference:
         # Writing to several parameters in one operation counts for one of them alone.
-        torch.autograd.graph.increment_version(target.parameters)
+        _increment_versions(target.parameters)
     adapters.written(adapter_name)
+
+
+def _increment_versions(parameters: List[Tensor]) -> None:
+    if _TAKES_A_LIST:
+        torch.autograd.graph.increment_version(parameters)
+    else:
+        for parameter in parameters:
+            torch.autograd.graph.increment_version(parameter)
+
+
+def _takes_a_list() -> bool:
+    try:
+        torch.autograd.graph.increment_version([torch.empty(0, device='cpu')])
+    except Exception:  # PyTorch 2.4 takes one tensor
+        return False
+    return True
+
+
+_TAKES_A_LIST = _takes_a_list()
 
 
 def _factors_together(target: AdapterFactors, batch: Batch) -> Optional[Factors]:

@@ -63,11 +63,13 @@ def revert() -> None:
 @contextmanager
 def reverted() -> Iterator[None]:
     """Within it, ms-swift and PEFT do what they do by themselves. Fixes stay: without them there is nothing to do."""
-    _take_back(patch for patch in PATCHES if not patch.is_fix)
+    taken_back = [patch for patch in PATCHES if not patch.is_fix and patch in _wanted]
+    _take_back(taken_back)
     try:
         yield
     finally:
-        apply()
+        _wanted.update(taken_back)
+        _patch_imported()
 
 
 def is_applied() -> bool:
