@@ -34,7 +34,7 @@ upstream-test: $(VENV)/.installed
 	for test in build/edited/fix/tests/tuners/test_*.py; do PYTHONPATH=build/edited/fix $(BIN)/python $$test || exit 1; done
 	for test in build/edited/all/tests/tuners/test_*.py; do PYTHONPATH=build/edited/all $(BIN)/python $$test || exit 1; done
 	PYTHONPATH=build/edited/all:. $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) \
-		tests/model/test_activation.py tests/model/test_refill.py tests/upstream/test_refill.py
+		tests/model/test_activation.py tests/model/test_refill.py tests/upstream/test_refill_part.py
 
 # All that is random, anew: STEPS steps of histories in each wrapper, and the properties in proportion. `make test` tries
 # the same few each time.

@@ -12,6 +12,7 @@ from swift.tuners import SwiftModel
 from torch import nn
 
 from swift_patch.compose.composer import FusionComposer
+from swift_patch.lora import merging
 
 
 def active(model):
@@ -359,6 +360,46 @@ def test_a_first_composition_that_cannot_be_activated_leaves_no_adapter(model, m
     assert not [name for name in state(model) if 'fused' in name]
     composer.compose(['l0', 'l1'])
     assert active(model) == ['fused']
+
+
+def test_a_later_composition_that_cannot_be_activated_leaves_the_earlier_one(model, monkeypatch):
+    composer = FusionComposer(model)
+    composer.compose(['l0', 'l1'])
+    before, expected = state(model), outputs(model)
+    monkeypatch.setattr(FusionComposer, '_activate', lambda self, adapters: {}['interrupted'])
+    with pytest.raises(KeyError):
+        composer.compose(['l2', 'l3'], [0.7, 0.1])
+    monkeypatch.undo()
+    assert_same_state(state(model), before)
+    assert torch.equal(outputs(model), expected)
+    composer.compose(['l2', 'l3'])
+    assert_close_deltas(model, 'fused', fresh(model, ['l2', 'l3'], [0.25, 0.25], 'linear'))
+
+
+def test_reserving_with_a_source_that_is_offloaded_makes_layers_that_have_values():
+    model = swift_model(loras(target_modules=['q_proj']))
+    model = SwiftModel(model, {'wide': loras(1, target_modules=['q_proj', 'v_proj'])['l0']}, inference_mode=True)
+    model.set_active_adapters('l0', offload='meta')
+    composer = FusionComposer(model)
+    composer.reserve()
+    for layer in layers(model).values():
+        assert not layer.lora_A['fused'].weight.is_meta and not hasattr(layer.lora_A['fused'], 'origin_device')
+    composer.compose(['wide'])
+
+
+def test_merging_leaves_the_random_numbers_of_its_user_alone(model):
+    merging._is_sign_on_both_factors.cache_clear()
+    composer = FusionComposer(model, combination_type='linear')
+    composer.reserve()
+    before = torch.get_rng_state()
+    composer.compose(['l0', 'l1'])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_composed_adapter_is_frozen_with_its_magnitudes(build):
+    model = build(use_dora=True)
+    FusionComposer(model, 'mixture').compose(['l0', 'l1'])
+    assert not [name for name, parameter in model.named_parameters() if '.fused' in name and parameter.requires_grad]
 
 
 def test_reserving_with_an_offloaded_fused_adapter_keeps_it(monkeypatch):

@@ -190,7 +190,11 @@ def live_bytes(but):
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        # What compiling left behind has no memory.
+        tensors = [
+            thing for thing in gc.get_objects()
+            if isinstance(thing, torch.Tensor) and type(thing) in (torch.Tensor, nn.Parameter) and not thing.is_meta
+        ]
     of_model = {tensor.untyped_storage().data_ptr() for tensor in (*but.parameters(), *but.buffers())}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(nbytes for address, nbytes in storages.items() if address not in of_model)
