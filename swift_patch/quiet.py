@@ -7,7 +7,7 @@ from typing import Iterator
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Keep everything below an error that ms-swift and transformers log or print from the terminal.
+    """Keeps everything below an error that ms-swift and transformers log or print from the terminal.
 
     Stdout and stderr are redirected meanwhile, so what the caller itself prints through them is lost, too. Import the
     libraries before: a log handler keeps the stderr that it was made with.

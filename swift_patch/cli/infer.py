@@ -14,7 +14,7 @@ SWIFT_OPTIONS = (*MODEL_OPTIONS, *ANSWER_OPTIONS)
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
-    """Add the `infer` command to those of `swift-patch`."""
+    """Adds the `infer` command to those of `swift-patch`."""
     parser = subparsers.add_parser(
         'infer',
         help='generate with a composition of LoRAs for each sample',
@@ -66,7 +66,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command.
+    """Runs the command.
 
     Returns:
         0, 2 after a user's mistake (told on stderr), or 130 where it was interrupted.

@@ -67,7 +67,7 @@ class Task:
 
 
 def build_tasks(seed: int = 0) -> Dict[str, Task]:
-    """Make the fourteen tasks.
+    """Makes the fourteen tasks.
 
     Args:
         seed: Decides all the numbers.
@@ -79,7 +79,7 @@ def build_tasks(seed: int = 0) -> Dict[str, Task]:
 
 
 def mixed_samples(n: int, seed: int = 0, *, task_seed: int = 0) -> List[Sample]:
-    """Make test samples as a retriever would hand them on: a question and three weighted LoRAs.
+    """Makes test samples as a retriever would hand them on: a question and three weighted LoRAs.
 
     The LoRA of the sample's own task weighs most, the two others are drawn at random. The samples go round the tasks,
     so that every task has its share of them.
@@ -139,7 +139,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def write_jsonl(samples: Sequence[Sample], path: Union[str, Path]) -> str:
-    """Write samples as JSON lines, the format of ms-swift's ``--dataset``.
+    """Writes samples as JSON lines, the format of ms-swift's ``--dataset``.
 
     Args:
         samples: The samples, one line each.

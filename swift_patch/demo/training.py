@@ -22,7 +22,7 @@ def pretrain_base(model_dir: Union[str, Path],
                   batch_size: int = 16,
                   learning_rate: float = 3e-3,
                   seed: int = 0) -> float:
-    """Train all weights of the model in `model_dir` on `samples` and save them in place.
+    """Trains all weights of the model in `model_dir` on `samples` and saves them in place.
 
     A plain torch loop: what comes out is a base model like any other, so nothing is gained by the trainer's machinery.
 
@@ -93,7 +93,7 @@ def train_adapter(model_dir: Union[str, Path],
                   alpha: int = 16,
                   seed: int = 42,
                   quiet: bool = True) -> str:
-    """Train one LoRA on all seven projections with ``swift sft``, in this process.
+    """Trains one LoRA on all seven projections with ``swift sft``, in this process.
 
     LoRAs trained with the same `seed` start from the same A matrices. That is ms-swift's default, and what makes an
     average of their parameters meaningful.
@@ -170,7 +170,7 @@ def train_adapter(model_dir: Union[str, Path],
 
 
 def _encode(tokenizer: Any, sample: Dict[str, Any]) -> Tuple[List[int], List[int]]:
-    """Return the token ids of the question, up to where the answer starts, and those of the answer."""
+    """Returns the token ids of the question, up to where the answer starts, and those of the answer."""
     question, answer = (message['content'] for message in sample['messages'])
     prompt = f'<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n'
     return tokenizer(prompt).input_ids, tokenizer(f'{answer}<|im_end|>').input_ids
@@ -201,5 +201,5 @@ def _collate(rows: Sequence[Tuple[List[int], List[int]]],
 
 
 def _smooth(average: float, value: float) -> float:
-    """Return the exponential moving average after `value`, over some 10 values; infinity is none yet."""
+    """Returns the exponential moving average after `value`, over some 10 values; infinity is none yet."""
     return value if math.isinf(average) else 0.9 * average + 0.1 * value

@@ -72,7 +72,7 @@ class AdapterCheckpoint:
         raise ValueError(f'{self}: there is no {WEIGHTS_NAMES[0]} in {self.folder}.')
 
     def digest(self) -> str:
-        """Return a SHA-256 over the config and the tensors, which stays the same when the checkpoint moves."""
+        """Returns a SHA-256 over the config and the tensors, which stays the same when the checkpoint moves."""
         sha = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         with open(self.weights_file, 'rb') as f:
             while chunk := f.read(1 << 20):
@@ -80,7 +80,7 @@ class AdapterCheckpoint:
         return sha.hexdigest()
 
     def load_tensors(self) -> 'Dict[str, Tensor]':
-        """Read the tensors to the CPU, keyed as in the file. Raises ValueError where the file is damaged."""
+        """Reads the tensors to the CPU, keyed as in the file. Raises ValueError where the file is damaged."""
         from peft.utils import load_peft_weights
         try:
             tensors: Dict[str, Tensor] = load_peft_weights(str(self.folder), device='cpu')
@@ -90,7 +90,7 @@ class AdapterCheckpoint:
 
 
 def parse_adapters(items: Sequence[str]) -> Dict[str, str]:
-    """Read `NAME=PATH` arguments. A PATH may contain `=`, a NAME cannot.
+    """Reads `NAME=PATH` arguments. A PATH may contain `=`, a NAME cannot.
 
     Raises:
         ValueError: If an argument has another form or a NAME comes twice.
@@ -107,7 +107,7 @@ def parse_adapters(items: Sequence[str]) -> Dict[str, str]:
 
 
 def find_checkpoints(adapters: Mapping[str, Union[str, Path]]) -> List[AdapterCheckpoint]:
-    """Find and check the files of all adapters; headers only, so this takes no time and needs no model.
+    """Finds and checks the files of all adapters; headers only, so this takes no time and needs no model.
 
     Args:
         adapters: Where each named adapter is. A path is the folder that `swift sft` wrote as checkpoint-N.
@@ -168,7 +168,7 @@ def check_base_model(checkpoints: Sequence[AdapterCheckpoint], model_dir: Union[
 
 
 def lora_parameter_name(key: str, alias: str) -> str:
-    """Name the parameter, inside a base model, that a tensor of a checkpoint is for.
+    """Names the parameter, inside a base model, that a tensor of a checkpoint is for.
 
     Args:
         key: The tensor's key in a file of either format: `<module>.lora_A.weight`, `<module>.lora_A.<adapter>.weight`,
@@ -186,7 +186,7 @@ def lora_parameter_name(key: str, alias: str) -> str:
 
 
 def split_key(key: str) -> Optional[Tuple[str, str, str]]:
-    """Split a key into module, segment (`lora_A`, ...) and the adapter's name in the file, empty in PEFT's format."""
+    """Splits a key into module, segment (`lora_A`, ...) and the adapter's name in the file, empty in PEFT's format."""
     parts = key.removeprefix(PEFT_PREFIX).split('.')
     # The first one: an adapter may itself be called `lora_A`, a module of a model is not.
     at = next((i for i, part in enumerate(parts) if part in LINEAR_SEGMENTS + EMBEDDING_SEGMENTS), None)
@@ -264,7 +264,7 @@ def _check_config(checkpoint: AdapterCheckpoint) -> None:
 
 
 def _lora_shapes(checkpoint: AdapterCheckpoint) -> Dict[Tuple[str, str, str], Tuple[int, ...]]:
-    """Read the shapes of the tensors by module, segment and stored name; empty for a pickle, which has no header.
+    """Reads the shapes of the tensors by module, segment and stored name; empty for a pickle, which has no header.
 
     Raises:
         ValueError: If the file holds anything but pairs of A and B.

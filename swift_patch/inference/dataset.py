@@ -68,7 +68,7 @@ class Sample:
 
 
 def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]:
-    """Read a JSONL dataset and check every line of it. Blank lines are skipped.
+    """Reads a JSONL dataset and checks every line of it. Blank lines are skipped.
 
     Args:
         path: The file. Each line is `{"messages": [...], "adapters": [NAME, ...], "weights": [number, ...], ...}`;
@@ -111,7 +111,7 @@ def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]
 
 
 def _parse(line: bytes) -> Dict[str, Any]:
-    """Parse one line strictly. Raises ValueError with a text that needs no context."""
+    """Parses one line strictly. Raises ValueError with a text that needs no context."""
     try:
         text = line.decode('utf-8')
     except UnicodeDecodeError as e:
@@ -245,7 +245,7 @@ def _to_sample(number: int, data: Dict[str, Any]) -> Sample:
 
 
 def _split_label(messages: List[Dict[str, Any]]) -> Tuple[List[Dict[str, Any]], Any]:
-    """Take a trailing assistant message off, as `InferRequest.remove_response` does; the list is left as it is."""
+    """Takes a trailing assistant message off, as `InferRequest.remove_response` does; the list is left as it is."""
     if messages[-1]['role'] == 'assistant':
         return messages[:-1], messages[-1].get('content')
     return messages, None
@@ -276,7 +276,7 @@ def _suggest(name: str, names: Collection[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Name a JSON value shortly enough for an error message."""
+    """Names a JSON value shortly enough for an error message."""
     if value is None or isinstance(value, (bool, int, float)):
         text = json.dumps(value)
         return text if len(text) <= 40 else 'a number that is too large'

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def load_adapters(model: 'nn.Module',
                   checkpoints: Sequence[AdapterCheckpoint]) -> 'Tuple[Union[SwiftModel, PeftModel], Dict[str, str]]':
-    """Load all adapters onto a base model, through ms-swift.
+    """Loads all adapters onto a base model, through ms-swift.
 
     If all are in ms-swift's format the result is one `SwiftModel`, otherwise a `PeftModel`, for which those in
     ms-swift's format are converted in a temporary folder.

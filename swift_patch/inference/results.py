@@ -62,7 +62,7 @@ class ResultFile:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Open the file for appending after the finished lines; what follows them is cut off."""
+        """Opens the file for appending after the finished lines; what follows them is cut off."""
         with os_errors_as(f'Cannot write {self.path}'):
             file = open(self.path, 'r+b' if self._size else 'wb')
             file.truncate(self._size)
@@ -115,7 +115,7 @@ class ResultFile:
 
 
 def check_result_path(config: InferConfig) -> None:
-    """Raise ValueError where the result file cannot be written or is not to be. Nothing is written here."""
+    """Raises ValueError where the result file cannot be written or is not to be. Nothing is written here."""
     path = Path(config.result_path)
     if config.resume and config.overwrite:
         raise ValueError('--resume and --overwrite exclude each other.')
@@ -131,7 +131,7 @@ def check_result_path(config: InferConfig) -> None:
 
 
 def result_line(config: InferConfig, sample: Sample, response: Any, logprobs: Any) -> Dict[str, Any]:
-    """Build a result: what `swift infer` writes, then how it was composed and where it came from."""
+    """Builds a result: what `swift infer` writes, then how it was composed and where it came from."""
     data = {
         **sample.data,
         'messages': [*sample.messages, {
@@ -157,7 +157,7 @@ def write_line(file: BinaryIO, line: Dict[str, Any]) -> None:
 
 
 def _settings(config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint]) -> Dict[str, Any]:
-    """Collect what the result lines depend on besides the samples, as JSON."""
+    """Collects what the result lines depend on besides the samples, as JSON."""
     settings: Dict[str, Any] = {'model': os.path.abspath(args.model) if os.path.isdir(args.model) else args.model}
     for key in dict.fromkeys([*_RECORDED, *sorted(config.swift_args)]):
         # ms-swift has more of them with every release.

@@ -20,7 +20,7 @@ REQUEST_KEYS = ('images', 'audios', 'videos', 'tools', 'objects', 'chat_template
 
 
 def run_infer(config: InferConfig) -> InferSummary:
-    """Answer every sample of a dataset with its own composition of adapters.
+    """Answers every sample of a dataset with its own composition of adapters.
 
     No file is written before the dataset, the adapters, the options, an existing result file, the template's view of
     every sample and the loading of the model have all succeeded. Each result line is flushed when its sample is done.
@@ -97,7 +97,7 @@ class _Generator:
         self.request_config = args.get_request_config()
 
     def generate(self, index: int, sample: Sample, request: 'InferRequest', summary: InferSummary) -> Any:
-        """Return the engine's choice for one sample and add the seconds it took to the summary."""
+        """Returns the engine's choice for one sample and adds the seconds it took to the summary."""
         weights = {self.aliases[name]: weight for name, weight in zip(sample.adapters, sample.weights)}
         # Seeds come from the sample's place alone. Generating has its own: some compositions draw masks, others none.
         start = self._clock(_derive_seed(self.seed, index, 'composing'))
@@ -113,7 +113,7 @@ class _Generator:
         return response.choices[0]
 
     def _clock(self, seed: Optional[int] = None) -> float:
-        """Seed torch, wait for the device and return the time."""
+        """Seeds torch, waits for the device and returns the time."""
         import torch
         if seed is not None:
             torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def _to_request(sample: Sample) -> 'InferRequest':
 
 def _check_template(config: InferConfig, args: 'BaseArguments', samples: Sequence[Sample],
                     requests: 'Sequence[InferRequest]') -> None:
-    """Encode every sample with the model's template, for which the model itself is not needed.
+    """Encodes every sample with the model's template, for which the model itself is not needed.
 
     Raises:
         DatasetError: If there are samples that the template refuses or that leave no room for an answer.
@@ -157,5 +157,5 @@ def _check_template(config: InferConfig, args: 'BaseArguments', samples: Sequenc
 
 
 def _derive_seed(*parts: Any) -> int:
-    """Derive a seed that has nothing to do with those derived from other parts."""
+    """Derives a seed that has nothing to do with those derived from other parts."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:7], 'big')

@@ -19,7 +19,7 @@ SPECIAL_TOKENS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 
 
 def build_byte_tokenizer() -> 'PreTrainedTokenizerFast':
-    """Build a byte-level BPE tokenizer without merges: one token per UTF-8 byte.
+    """Builds a byte-level BPE tokenizer without merges: one token per UTF-8 byte.
 
     Returns:
         A tokenizer of 259 tokens, the 256 bytes and Qwen's three special tokens, with a ChatML chat template.
@@ -52,7 +52,7 @@ def build_tiny_qwen2(path: Union[str, Path],
                      intermediate_size: Union[int, None] = None,
                      max_position_embeddings: int = 512,
                      seed: int = 0) -> str:
-    """Write a Qwen2 causal LM with random float32 weights and a byte-level tokenizer.
+    """Writes a Qwen2 causal LM with random float32 weights and a byte-level tokenizer.
 
     Args:
         path: The directory to write into; it is created where it does not exist.
