@@ -1,4 +1,5 @@
 """The adapters of one model, for the time of one call: one look at the model, which is handed down."""
+import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
@@ -108,7 +109,13 @@ class Adapters:
                  undo: ExitStack) -> None:
         """Records what the fused adapter `name` was filled with, see `FusedRecord`. `undo` takes what undoes it."""
         before = self.record_or_none(name)
-        record = FusedRecord(options, config, layers, {} if before is None else before.spare)
+        parameter = self.factors(name).parameters[0]
+        if before is not None and before.owner is not None and before.owner() is parameter:
+            spare, owner = before.spare, before.owner
+        else:
+            spare = {}
+            owner = weakref.ref(parameter, lambda _: spare.clear())
+        record = FusedRecord(options, config, layers, spare, owner)
         if before is not None:
             undo.callback(keep_record, self.model, name, self.configs[name], before)
         keep_record(self.model, name, self.configs[name], record)

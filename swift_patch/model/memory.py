@@ -33,11 +33,14 @@ class FusedRecord:
         layers: the rank and the scaling that a new adapter would have had then, by layer. The parameters may have more
             rank, filled with zeros, and another scaling, made up for in A and B; and other layers hold only zeros.
         spare: memory for values that are overwritten, by device, see `Undo.reserve`.
+        owner: refers to a parameter of the adapter, with which `spare` is emptied: a config may live longer, for PEFT
+            0.18 leaves it in a model that was unloaded.
     """
     options: MergeOptions
     config: LoraConfig
     layers: LayersOfNew
     spare: Dict[device, Tensor] = field(default_factory=dict)
+    owner: 'Optional[weakref.ref[Tensor]]' = None
 
 
 class _Owned:
