@@ -21,10 +21,6 @@ def active(model):
     return list(found.pop())
 
 
-def versions(model):
-    return [parameter._version for parameter in model.parameters()]
-
-
 def test_fusion_is_the_average_of_the_parameters_and_the_only_active_adapter(model):
     composer = FusionComposer(model)
     for sources in (['l0', 'l1', 'l2'], ['l3', 'l1']):
