@@ -221,17 +221,15 @@ class FusionComposer:
 
     def _resolved(self, composition: Composition, adapters: Adapters) -> Composition:
         """Returns what is merged in the end: the heaviest source alone, weights that make up for rsLoRA."""
+        if not self._is_exact:
+            return composition
+        # Those that `selection` leaves out are not merged, so that nothing else would see that they do not exist.
+        for name in composition.sources:
+            check_source(name, adapters)
         if self.merge_method == 'selection':
-            # The others are not merged, so that nothing else would see that they do not exist.
-            for name in composition.sources:
-                check_source(name, adapters)
             composition = composition.selected()
-        sources = composition.sources
-        if self._is_exact:
-            for name in sources:
-                check_source(name, adapters)
-        if self._is_exact and adapters.config(sources[0]).use_rslora:
-            rank = sum(map(adapters.config_rank, sources))
+        if adapters.config(composition.sources[0]).use_rslora:
+            rank = sum(map(adapters.config_rank, composition.sources))
             composition = composition.weighted(1 / math.sqrt(rank))
         return composition
 

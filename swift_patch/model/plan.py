@@ -218,10 +218,7 @@ def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target:
         raise ValueError(f'Adapter {target!r} is expected not to be among its own sources, found {list(sources)}: make '
                          'another one by `add_weighted_adapter`.')
     check_tensors(adapters, target)
-    for name, layer in adapters.merged:
-        if target in layer.merged_adapters:
-            raise ValueError(f'Adapter {target!r} is expected not to be merged into the base weights, found that it is '
-                             f'in layer {name!r}: unmerge it before refilling it.')
+    _check_unmerged(adapters, target)
     found = adapters.factors(target)
     if 0 in found.scalings:
         name = found.layout.names[found.scalings.index(0)]
@@ -255,10 +252,7 @@ def check_source(source: str, adapters: Adapters) -> None:
         raise ValueError(f'Adapter {source!r} is expected to have LoRA layers that can be merged, found none: the '
                          'model was changed, or they are of another kind (as with `use_merged_linear`).')
     check_tensors(adapters, source)
-    for layer_name, layer in adapters.merged:
-        if source in layer.merged_adapters:
-            raise ValueError(f'Adapter {source!r} is expected not to be merged into the base weights, found that it is '
-                             f'in layer {layer_name!r}: unmerge it first.')
+    _check_unmerged(adapters, source)
 
 
 def check_tensors(adapters: Adapters, name: str) -> None:
@@ -270,6 +264,13 @@ def check_tensors(adapters: Adapters, name: str) -> None:
             f'Adapter {name!r} is expected to have plain tensors, found a {type(found.factors(place).A).__name__} in '
             f'layer {found.layout.sharded[0]!r}: it is sharded (FSDP2, tensor parallel) or quantized. Merge before '
             'that, or gather it.')
+
+
+def _check_unmerged(adapters: Adapters, name: str) -> None:
+    for layer_name, layer in adapters.merged:
+        if name in layer.merged_adapters:
+            raise ValueError(f'Adapter {name!r} is expected not to be merged into the base weights, found that it is '
+                             f'in layer {layer_name!r}: unmerge it first.')
 
 
 def _check_modules_to_save(adapters: Adapters, sources: Sequence[str]) -> None:
