@@ -414,10 +414,14 @@ class Histories(RuleBasedStateMachine):
         """By something else than a refill: of the shapes and with the scalings that it has on the patched side."""
         name = data.draw(st.sampled_from(sorted(self.fused)), 'fused adapter')
         how = data.draw(st.sampled_from(self.ways_to_write), 'way')
-        pairs = [*self.patched.factors(name).values(), *self.stock.factors(name).values()]
-        if any(pair.A.is_meta for pair in pairs) or self.is_merged():
+        both = [side.factors(name) for side in (self.patched, self.stock)]
+        if any(pair.A.is_meta for pairs in both for pair in pairs.values()) or self.is_merged():
             return
-        self.configure(self.stock.wrappers[0], name, self.stock.take_over(name, self.patched))
+        shapes = [{key: pair.A.shape for key, pair in pairs.items()} for pairs in both]
+        self.stock.take_over(name, self.patched)
+        if shapes[0] != shapes[1]:
+            # The values are beyond what a fresh adapter would have: it counts as it is, with the config that it has.
+            self.configure(self.stock.wrappers[0], name, copy.deepcopy(config(self.patched.wrappers[0], name)))
 
         def step(side):
             generator = torch.Generator().manual_seed(seed)

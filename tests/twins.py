@@ -3,7 +3,7 @@ import copy
 import torch
 from collections import OrderedDict
 from contextlib import contextmanager
-from models import config, layers
+from models import layers
 from peft import PeftModel
 from swift.tuners.utils import OffloadHelper
 from torch import nn
@@ -88,14 +88,13 @@ class Side:
                 layer.scaling[adapter] = torch.tensor(float(layer.scaling[adapter]))
 
     def take_over(self, adapter, other):
-        """Makes a fused adapter what it is on the other side: its layers, ranks, scalings and config."""
+        """Gives a fused adapter the layers, the ranks and the scalings that it has on the other side."""
         others = other.layers()
         for name, layer in self.layers().items():
             containers = adapter_containers(layer)
             for attribute, container in adapter_containers(others[name]).items():
                 if adapter in container:
                     containers[attribute][adapter] = copy.deepcopy(container[adapter])
-        return copy.deepcopy(config(other.wrappers[0], adapter))
 
 
 def put_a_layer_into(base, number, dtype=torch.float32):
