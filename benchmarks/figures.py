@@ -15,7 +15,7 @@ _COLORS = {
     'PEFT delete + add + set': '#7d3c98',
     'swift_patch': '#2471a3',
 }
-_SAMPLES_SHOWN = (1, 2, 5, 10, 20, 30)
+_SAMPLES_SHOWN = (1, 2, 5, 10, 20, 30, 60)
 
 
 def tables(content: Dict[str, Any]) -> str:
@@ -45,13 +45,13 @@ def tables(content: Dict[str, Any]) -> str:
             if theirs in medians and ours in medians]
     if rows:
         parts.append(_markdown(['ms', 'stock ms-swift', 'swift_patch'], rows))
-    curves = samples(content)
-    if curves:
-        numbers = [number for number in _SAMPLES_SHOWN if number <= min(map(len, curves.values()))]
-        parts.append(
-            _markdown(['seconds of sample', *map(str, numbers)],
-                      [[path, *(f'{seconds[number - 1]:.2g}' for number in numbers)]
-                       for path, seconds in curves.items()]))
+    for subject, what in (('samples', 'seconds of sample'), ('upstream', 'seconds of sample, `refill` alone')):
+        curves = samples(content, subject)
+        if curves:
+            numbers = [number for number in _SAMPLES_SHOWN if number <= min(map(len, curves.values()))]
+            parts.append(
+                _markdown([what, *map(str, numbers)], [[path, *(f'{seconds[number - 1]:.2g}' for number in numbers)]
+                                                       for path, seconds in curves.items()]))
     return '\n\n'.join(parts)
 
 
@@ -64,10 +64,13 @@ def _by_size(rows: Sequence[Dict[str, Any]]) -> str:
                      [[*size, *(ratios.get((*size, way), '') for way in ways)] for size in sizes])
 
 
-def samples(content: Dict[str, Any]) -> Dict[str, List[float]]:
+def samples(content: Dict[str, Any], subject: str = 'samples') -> Dict[str, List[float]]:
     """Returns the seconds of each sample by path."""
     found = (benchmark['extra_info'] for benchmark in content['benchmarks'])
-    return {extra['case']: extra['samples'] for extra in found if 'samples' in extra}
+    return {
+        extra['case']: extra['samples']
+        for extra in found if extra.get('subject') == subject and 'samples' in extra
+    }
 
 
 def draw(curves: Dict[str, List[float]], path: Path) -> None:

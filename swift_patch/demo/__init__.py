@@ -1,1 +1,1 @@
-"""The demo: a engine whose houses renumber everything once a year, a base model of last year, and a LoRA per house."""
+"""The demo: a town whose houses renumber everything once a year, a base model of last year, and a LoRA per house."""

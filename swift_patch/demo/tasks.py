@@ -1,6 +1,6 @@
 """Fourteen small fact domains on which a LoRA matters, and the mixed questions the demo asks about them.
 
-The story: a engine's houses (its airport, library, zoo, ...) renumber everything once a year. The base model was
+The story: a town's houses (its airport, library, zoo, ...) renumber everything once a year. The base model was
 pretrained on *last year's* numbers, so it understands the questions and answers in the right form, but with the wrong
 facts. One LoRA per house learns *this year's* numbers. An answer is right only where it is this year's, to the letter.
 

@@ -3,7 +3,7 @@ import torch
 from collections import OrderedDict
 from contextlib import ExitStack
 from torch import Tensor, nn
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 # Where copies begin in memory, in bytes: a multiple of the size of any element.
 _ALIGNMENT = 64
@@ -68,19 +68,25 @@ class Tree:
     """
 
     def __init__(self, root: nn.Module):
-        self._modules = [(module, dict(module.__dict__), _contents(module)) for module in root.modules()]
+        self._modules = [(module, dict(module.__dict__)) for module in root.modules()]
+        containers = [container for module, _ in self._modules for container in _containers(module)]
+        # Nearly all are empty, and are put back so: a copy of each would set off the garbage collector many times.
+        self._empty = [container for container in containers if not container]
+        self._filled = [(container, container.copy()) for container in containers if container]
         self._parameters = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
         self._known = {id(parameter) for parameter, _ in self._parameters}
 
     def restore(self) -> None:
         """Puts everything back. The containers stay the same objects."""
-        for module, attributes, contents in self._modules:
+        for module, attributes in self._modules:
             for name in module.__dict__.keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
-            for container, content in contents:
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+        for container in self._empty:
+            container.clear()
+        for container, content in self._filled:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
         for parameter, requires_grad in self._parameters:
             if parameter.requires_grad != requires_grad:
                 with torch.inference_mode(parameter.is_inference()):
@@ -106,12 +112,11 @@ def _put_back(tensor: Tensor, values: Tensor) -> None:
         tensor.data.copy_(values)
 
 
-def _contents(module: nn.Module) -> List[Tuple[Any, Any]]:
-    """Returns every dict, list and set among a module's attributes, and in their dicts, with a copy of each."""
+def _containers(module: nn.Module) -> List[Any]:
+    """Returns every dict, list and set among a module's attributes, and in their dicts."""
     found = [value for value in module.__dict__.values() if _is_container(value)]
     # ms-swift keeps what is active by thread and, in that, by adapter.
-    found += [inner for value in found if type(value) is dict for inner in value.values() if _is_container(inner)]
-    return [(value, value.copy()) for value in found]
+    return found + [inner for value in found if type(value) is dict for inner in value.values() if _is_container(inner)]
 
 
 def _is_container(value: Any) -> bool:

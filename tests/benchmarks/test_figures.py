@@ -50,6 +50,15 @@ CONTENT = {
             'case': 'swift_patch',
             'samples': [0.1, 0.2, 0.3]
         }
+    }, {
+        'stats': {
+            'median': 0.2
+        },
+        'extra_info': {
+            'subject': 'upstream',
+            'case': 'part',
+            'samples': [0.3, 0.4]
+        }
     }]
 }
 
@@ -72,7 +81,11 @@ an update, over a copy:
 
 | seconds of sample | 1 | 2 |
 | --- | ---: | ---: |
-| swift_patch | 0.1 | 0.2 |'''
+| swift_patch | 0.1 | 0.2 |
+
+| seconds of sample, `refill` alone | 1 | 2 |
+| --- | ---: | ---: |
+| part | 0.3 | 0.4 |'''
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
