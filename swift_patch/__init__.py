@@ -4,6 +4,7 @@ Importing the package applies its patch, unless the environment variable `SWIFT_
 neither ms-swift nor PEFT nor torch: they are patched when they are imported.
 """
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .patching import apply, is_applied, revert
@@ -11,25 +12,30 @@ from .patching.releases import unsupported
 
 if TYPE_CHECKING:
     from .compose.composer import FusionComposer
+    from .compose.engine import FusionEngine
+    from .errors import RowsError
     from .lora.compiled import compile_merging
 
 __version__ = '0.1.0'
-__all__ = ['FusionComposer', 'apply', 'compile_merging', 'is_applied', 'revert']
+__all__ = ['FusionComposer', 'FusionEngine', 'RowsError', 'apply', 'compile_merging', 'is_applied', 'revert']
+
+# Where the names are that import torch, PEFT or ms-swift.
+_LAZY = {
+    'FusionComposer': 'compose.composer',
+    'FusionEngine': 'compose.engine',
+    'RowsError': 'errors',
+    'compile_merging': 'lora.compiled',
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ('FusionComposer', 'compile_merging'):
+    if name in _LAZY:
         reason = unsupported()
         if reason is not None:
             # Importing them would fail in some way of its own, or they would not work. An AttributeError would lose the
             # reason in `from swift_patch import FusionComposer`.
             raise ImportError(reason)
-    if name == 'FusionComposer':
-        from .compose.composer import FusionComposer
-        return FusionComposer
-    if name == 'compile_merging':
-        from .lora.compiled import compile_merging
-        return compile_merging
+        return getattr(import_module(f'.{_LAZY[name]}', __name__), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

@@ -1,6 +1,11 @@
-"""How an error message shows what was found."""
+"""Errors of this package, and how their messages show what was found."""
 import reprlib
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+
+class RowsError(ValueError):
+    """It cannot be told which row of a batch a value belongs to, or rows cannot be used for what is asked."""
 
 
 class _Short(reprlib.Repr):
@@ -20,3 +25,12 @@ class _Short(reprlib.Repr):
 def short_repr(value: Any) -> str:
     """Returns the repr of any value, cut where it is long. Never raises, also where the value's own repr does."""
     return _Short().repr(value)
+
+
+@contextmanager
+def errors_of_sample(number: int) -> Iterator[None]:
+    """Within it, a ValueError or TypeError says which sample of a batch it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as e:
+        raise type(e)(f'Sample {number}: {e}') from e

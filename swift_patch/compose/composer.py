@@ -1,22 +1,26 @@
 """Selection, fusion and mixture of LoRAs, one sample after another (LoraRetriever, arXiv:2402.09997, §4.2)."""
 import math
 import threading
+import torch
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import nn
-from typing import Any, Iterator, Literal, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Iterable, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple, Union
 
-from ..errors import short_repr
+from ..errors import errors_of_sample, short_repr
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.composition import Composition, check_names
 from ..model.adapters import Adapters
+from ..model.checks import check_new_name, check_source
 from ..model.layers import parameters_of
-from ..model.plan import check_new_name, check_source
-from ..model.refill import add, make_room, refill
+from ..model.refill import add, make_room, refill, refill_rows
 from ..model.undo import Undo
+
+# What a sample of a batch names: adapters, adapters with weights, or a pair of adapters and weights.
+Sample = Union[Sequence[str], Mapping[str, float], Tuple[Sequence[str], Optional[Sequence[float]]]]
 
 # One lock per model, not per composer: all composers of a model switch the same layers. It dies with the model.
 _locks: 'weakref.WeakKeyDictionary[nn.Module, _ModelLock]' = weakref.WeakKeyDictionary()
@@ -28,12 +32,12 @@ class _ModelLock:
 
     Attributes:
         lock: the lock.
-        held: what a `fused` block holds now: the fused adapter and its composition. Only its thread can see it.
+        held: what a `fused` block holds now: the fused adapter and its compositions. Only its thread can see it.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.held: Optional[Tuple[str, Composition]] = None
+        self.held: Optional[Tuple[str, List[Composition]]] = None
 
 
 class FusionComposer:
@@ -123,9 +127,35 @@ class FusionComposer:
                 was.
             RuntimeError: the patch was reverted, or a `fused` block of this thread holds something else.
         """
-        composition = Composition.of_sample(adapters, weights, self._options)
         with self._model_lock.lock:
-            self._compose(composition)
+            self._compose([Composition.of_sample(adapters, weights, self._options)])
+        return self.adapter_name
+
+    def compose_batch(self, samples: Iterable[Optional[Sample]], seeds: Optional[Sequence[int]] = None) -> str:
+        """Gives each row of a batch its own fusion, and makes the fused adapter the only active one.
+
+        Until the next `compose` or `compose_batch`, row i of what goes through the model is computed as after
+        `compose(samples[i])`. Where each row comes n times in a row (beams, several return sequences), so does its
+        fusion. A batch of another size is refused by the first layer. A fusion that is that of all rows serves any
+        number of rows.
+
+        Args:
+            samples: For each row what `compose` takes: names, a mapping from names to weights, or a pair of names and
+                weights. None for the base model alone.
+            seeds: For each row, what torch's random numbers begin with, for types that draw some. By default they go on
+                from row to row.
+
+        Returns:
+            The name of the fused adapter.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: The sources of a sample cannot be merged, layers cannot have rows (`RowsError`), or an adapter
+                is merged into the base weights. The model is as it was.
+            RuntimeError: See `compose`.
+        """
+        with self._model_lock.lock:
+            self._compose(Composition.of_batch(samples, self._options), seeds)
         return self.adapter_name
 
     @contextmanager
@@ -144,85 +174,156 @@ class FusionComposer:
         Raises:
             RuntimeError: Another `fused` block of this thread holds something else. For the rest see `compose`.
         """
-        composition = Composition.of_sample(adapters, weights, self._options)
-        with self._model_lock.lock:
-            self._compose(composition)
-            before = self._model_lock.held
-            self._model_lock.held = (self.adapter_name, composition)
-            try:
-                yield self.adapter_name
-            finally:
-                self._model_lock.held = before
+        with self._held([Composition.of_sample(adapters, weights, self._options)]):
+            yield self.adapter_name
 
-    def reserve(self, adapters: Optional[Sequence[str]] = None, max_sources: Optional[int] = None) -> None:
+    @contextmanager
+    def fused_batch(self, samples: Iterable[Optional[Sample]], seeds: Optional[Sequence[int]] = None) -> Iterator[str]:
+        """Composes a batch, and holds the fused adapter for the time of the `with` block.
+
+        Args:
+            samples: See `compose_batch`.
+            seeds: See `compose_batch`.
+
+        Yields:
+            The name of the fused adapter.
+
+        Raises:
+            RuntimeError: See `fused`. For the rest see `compose_batch`.
+        """
+        with self._held(Composition.of_batch(samples, self._options), seeds):
+            yield self.adapter_name
+
+    def activate(self) -> None:
+        """Makes the fused adapter the only active one in the calling thread, where ms-swift activates by thread.
+
+        For a thread that computes on behalf of one that holds a `fused` block. Nothing is composed.
+
+        Raises:
+            ValueError: Nothing was composed yet.
+        """
+        adapters = Adapters.of(self._tuner)
+        adapters.record(self.adapter_name)
+        self._activate(adapters)
+
+    def reserve(self,
+                adapters: Optional[Sequence[str]] = None,
+                max_sources: Optional[int] = None,
+                max_rows: Optional[int] = None) -> None:
         """Makes the fused adapter large enough for any of `adapters`, so that it never grows (and nothing that was
         compiled or captured with it goes stale).
 
         Args:
             adapters: The adapters that will be composed; by default all LoRAs that are loaded.
             max_sources: How many of them at most at a time; by default all. Only `cat` needs more rank for more.
+            max_rows: How many rows a batch of `compose_batch` has at most: memory for them is made, too. A batch with
+                fewer rows costs what these need. By default none is made now, and as much as a batch needs later.
 
         Raises:
             TypeError: `adapters` is not a list of names.
-            ValueError: An adapter does not exist, there is none, or `max_sources` is not a positive integer. The model
-                is as it was.
+            ValueError: An adapter does not exist, there is none, or a number is not a positive integer. The model is as
+                it was.
         """
-        is_integer = isinstance(max_sources, Integral) and not isinstance(max_sources, bool)
-        if max_sources is not None and not (is_integer and max_sources > 0):
-            raise ValueError(
-                f'max_sources is expected to be a positive integer or None, found {short_repr(max_sources)}.')
+        for argument, value in (('max_sources', max_sources), ('max_rows', max_rows)):
+            is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+            if value is not None and not (is_integer and value > 0):
+                raise ValueError(f'{argument} is expected to be a positive integer or None, found {short_repr(value)}.')
         names = None if adapters is None else check_names(adapters)
         with self._model_lock.lock, Undo() as undo:
             found = Adapters.of(self._tuner)
             if names is None:
-                names = check_names([
-                    name for name, config in found.configs.items()
-                    if isinstance(config, LoraConfig) and not found.is_fused(name)
-                ])
+                names = _loras_of(found)
             for name in names:
                 check_source(name, found)
             rank = COMBINATION_TYPES[self._options.combination_type].largest_rank([found.rank(name) for name in names],
                                                                                   max_sources, self._options.svd_rank)
             if self.adapter_name not in found.configs:
-                add(found, Composition.of(names[:1], [0.0], self._options), self.adapter_name, undo)
-                found = Adapters.of(self._tuner)
+                found = self._added(found, names[0], undo)
             found.record(self.adapter_name)
-            make_room(found, self.adapter_name, rank, names)
+            make_room(found, self.adapter_name, rank, names, max_rows or 1)
             undo.commit()
 
-    def _compose(self, composition: Composition) -> None:
-        """Fills the fused adapter and activates it. The lock is held."""
+    @contextmanager
+    def _held(self, compositions: List[Composition], seeds: Optional[Sequence[int]] = None) -> Iterator[None]:
+        """Composes, and holds the lock and what was composed for the time of the `with` block."""
+        with self._model_lock.lock:
+            self._compose(compositions, seeds)
+            before = self._model_lock.held
+            self._model_lock.held = (self.adapter_name, compositions)
+            try:
+                yield
+            finally:
+                self._model_lock.held = before
+
+    def _compose(self, compositions: List[Composition], seeds: Optional[Sequence[int]] = None) -> None:
+        """Fills the fused adapter, or its rows where there are several, and activates it. The lock is held."""
         _check_applied()
         adapters = Adapters.of(self._tuner)
         held = self._model_lock.held
-        if held is not None and held != (self.adapter_name, composition):
+        if held is not None and held != (self.adapter_name, compositions):
             raise RuntimeError(
-                f'A `fused` block of this thread is expected to keep {short_repr(list(held[1].sources))} in adapter '
-                f'{held[0]!r}, found that {short_repr(list(composition.sources))} shall be composed: do that after '
-                'that block.')
+                f'A `fused` block of this thread is expected to keep {_told(held[1])} in adapter {held[0]!r}, found '
+                f'that {_told(compositions)} shall be composed: do that after that block.')
         if adapters.merged:
             name, layer = adapters.merged[0]
             raise ValueError(
                 f'Layer {name!r} is expected to have nothing merged into its base weights, where no other adapter '
                 f'takes effect then, found adapters {layer.merged_adapters}: unmerge them first.')
-        composition = self._resolved(composition, adapters)
         with Undo() as undo:
-            if held is not None:
-                # It is in the adapter, where random masks drawn anew would replace it.
-                pass
-            elif self.adapter_name in adapters.configs:
-                adapters.record(self.adapter_name)
-                refill(adapters, composition, self.adapter_name, undo)
-            else:
-                add(adapters, composition, self.adapter_name, undo)
-                adapters = Adapters.of(self._tuner)
+            # What is held is in the adapter, where random masks drawn anew would replace it.
+            if held is None:
+                compositions = self._resolved(compositions, adapters)
+                adapters = self._filled(adapters, compositions, seeds, undo)
             self._activate(adapters)
             undo.commit()
 
-    def _resolved(self, composition: Composition, adapters: Adapters) -> Composition:
+    def _filled(self, adapters: Adapters, compositions: List[Composition], seeds: Optional[Sequence[int]],
+                undo: Undo) -> Adapters:
+        """Fills the fused adapter, which is made where there is none, and returns the adapters as they are then."""
+        name, first = self.adapter_name, compositions[0]
+        if compositions.count(first) == len(compositions) and not first.combination.is_random:
+            # What all rows share serves any number of rows.
+            compositions = compositions[:1]
+        is_plain = len(compositions) == 1 and not first.is_base
+        if name in adapters.configs:
+            adapters.record(name)
+        elif is_plain and seeds is None:
+            add(adapters, first, name, undo)
+            return Adapters.of(self._tuner)
+        else:
+            adapters = self._added(adapters, self._some_source(adapters, compositions), undo)
+        if is_plain:
+            if seeds is not None:
+                torch.manual_seed(seeds[0])
+            refill(adapters, first, name, undo)
+        else:
+            refill_rows(adapters, compositions, name, undo, seeds)
+        return adapters
+
+    @staticmethod
+    def _some_source(adapters: Adapters, compositions: List[Composition]) -> str:
+        """Returns an adapter to make the fused one like: one that is composed or, for the base model alone, any."""
+        for composition in compositions:
+            if not composition.is_base:
+                return composition.sources[0]
+        return _loras_of(adapters)[0]
+
+    def _added(self, adapters: Adapters, source: str, undo: Undo) -> Adapters:
+        """Makes a fused adapter of zeros, like a source, and returns the adapters as they are then."""
+        add(adapters, Composition.of([source], [0.0], self._options), self.adapter_name, undo)
+        return Adapters.of(self._tuner)
+
+    def _resolved(self, compositions: List[Composition], adapters: Adapters) -> List[Composition]:
         """Returns what is merged in the end: the heaviest source alone, weights that make up for rsLoRA."""
         if not self._is_exact:
-            return composition
+            return compositions
+        found = []
+        for number, composition in enumerate(compositions):
+            with nullcontext() if len(compositions) == 1 else errors_of_sample(number):
+                found.append(composition if composition.is_base else self._exact(composition, adapters))
+        return found
+
+    def _exact(self, composition: Composition, adapters: Adapters) -> Composition:
         # Those that `selection` leaves out are not merged, so that nothing else would see that they do not exist.
         for name in composition.sources:
             check_source(name, adapters)
@@ -248,6 +349,21 @@ class FusionComposer:
             for _, layer in adapters.layers:
                 for parameter in parameters_of(layer, name):
                     parameter.requires_grad_(False)
+
+
+def _loras_of(adapters: Adapters) -> List[str]:
+    """Returns the LoRAs that are loaded, the fused ones aside. Raises ValueError where there are none."""
+    return check_names([
+        name for name, config in adapters.configs.items()
+        if isinstance(config, LoraConfig) and not adapters.is_fused(name)
+    ])
+
+
+def _told(compositions: List[Composition]) -> str:
+    """Returns what an error says of compositions."""
+    if len(compositions) == 1:
+        return short_repr(list(compositions[0].sources))
+    return f'{len(compositions)} rows, {short_repr([list(composition.sources) for composition in compositions])},'
 
 
 def _check_applied() -> None:

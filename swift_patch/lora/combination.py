@@ -32,6 +32,11 @@ class CombinationType:
     prunes_at_random: bool = False
     form: Form = 'layer'
 
+    @property
+    def is_random(self) -> bool:
+        """Whether two merges of the same adapters differ."""
+        return self.name.startswith('dare')
+
     def fused_rank(self, ranks: Sequence[int], svd_rank: Optional[int] = None) -> int:
         """Returns the rank of an adapter that is merged from adapters of these ranks."""
         if self.rank == 'sum':

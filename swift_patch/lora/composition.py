@@ -2,8 +2,8 @@
 from dataclasses import dataclass
 from typing import AbstractSet, Any, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
-from ..errors import short_repr
-from .combination import CombinationType, MergeOptions
+from ..errors import errors_of_sample, short_repr
+from .combination import COMBINATION_TYPES, CombinationType, MergeOptions
 from .numbers import as_number, equal_weights, is_finite_weight
 
 
@@ -12,7 +12,7 @@ class Composition:
     """Sources, weights, and how they are merged. Made by `of`, which checks them.
 
     Attributes:
-        sources: the names of the adapters to merge; one may be named several times.
+        sources: the names of the adapters to merge; one may be named several times. None for the base model alone.
         weights: a finite weight for each of them, of any sign.
         options: how to merge, as it was asked for.
         combination: the combination type that is applied, see `MergeOptions.applied`.
@@ -63,6 +63,39 @@ class Composition:
             return cls.of(adapters.keys(), list(adapters.values()), options)
         names = check_names(adapters)
         return cls.of(names, equal_weights(len(names)) if weights is None else weights, options)
+
+    @classmethod
+    def of_batch(cls, samples: Iterable[Any], options: MergeOptions) -> 'List[Composition]':
+        """Returns the composition of each sample of a batch.
+
+        Args:
+            samples: what each sample names: see `of_sample`, or a pair of both; None for the base model alone.
+            options: see `of`.
+
+        Raises:
+            TypeError: see `of_sample`.
+            ValueError: see `of_sample`, or there are no samples. It names the sample.
+        """
+        found = []
+        if isinstance(samples, Mapping):
+            raise TypeError(f'samples is expected to be a list with the adapters of each sample, found one sample '
+                            f'{short_repr(samples)}: put it into a list.')
+        for number, sample in enumerate(_listed('samples', 'a list with the adapters of each sample', samples)):
+            is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and not isinstance(sample[0], str)
+            adapters, weights = sample if is_pair else (sample, None)
+            if adapters is None and weights is None:
+                found.append(cls((), (), options, COMBINATION_TYPES['linear']))
+                continue
+            with errors_of_sample(number):
+                found.append(cls.of_sample(adapters, weights, options))
+        if not found:
+            raise ValueError('samples is expected to hold at least one sample, found none.')
+        return found
+
+    @property
+    def is_base(self) -> bool:
+        """Whether no adapter is merged: the base model alone."""
+        return not self.sources
 
     def selected(self) -> 'Composition':
         """Returns the heaviest source alone, with weight 1; of several the first."""

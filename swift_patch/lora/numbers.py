@@ -1,5 +1,7 @@
 """Numbers that users give: weights, densities, quantiles."""
 import ctypes
+import hashlib
+import json
 import math
 from numbers import Real
 from typing import Any, List, Optional
@@ -31,3 +33,8 @@ def is_finite_weight(value: float) -> bool:
 def equal_weights(count: int) -> List[float]:
     """Returns the weights of `count` sources that are given none: 1/k each (LoraRetriever, arXiv:2402.09997, §4.2)."""
     return [1 / count] * count
+
+
+def derived_seed(*parts: Any) -> int:
+    """Returns a seed that has nothing to do with those derived from other parts, which are numbers and texts."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:7], 'big')

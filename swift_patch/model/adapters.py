@@ -4,14 +4,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from torch import nn
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 from ..errors import short_repr
 from ..lora.combination import MergeOptions
 from ..lora.factors import Factors, is_padding_zero, rescaled, unpadded
 from .index import View
 from .layers import groups_of
-from .memory import FusedRecord, LayersOfNew, Memory, keep_record, record_of
+from .memory import FusedMemory, FusedRecord, LayersOfNew, Memory, keep_record, record_of
 from .packing import AdapterFactors, pack
 
 
@@ -26,6 +26,7 @@ class Adapters:
         memory: what is remembered of the model.
         view: the modules of the model.
         merged: name and layer where adapters are merged into the base weights.
+        checked: the adapters that were found fit to be merged in this very call.
     """
     tuner: Any
     model: nn.Module
@@ -35,6 +36,7 @@ class Adapters:
     merged: List[Tuple[str, LoraLayer]]
     _factors: Dict[str, AdapterFactors] = field(default_factory=dict)
     _intact: Dict[str, bool] = field(default_factory=dict)
+    checked: Set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, tuner: Any) -> 'Adapters':
@@ -111,11 +113,11 @@ class Adapters:
         before = self.record_or_none(name)
         parameter = self.factors(name).parameters[0]
         if before is not None and before.owner is not None and before.owner() is parameter:
-            spare, owner = before.spare, before.owner
+            memory, owner = before.memory, before.owner
         else:
-            spare = {}
-            owner = weakref.ref(parameter, lambda _: spare.clear())
-        record = FusedRecord(options, config, layers, spare, owner)
+            memory = FusedMemory()
+            owner = weakref.ref(parameter, lambda _: memory.clear())
+        record = FusedRecord(options, config, layers, memory, owner)
         if before is not None:
             undo.callback(keep_record, self.model, name, self.configs[name], before)
         keep_record(self.model, name, self.configs[name], record)

@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterable, Mapping, Set
 from ..lora.factors import Factors, padded
 from .adapters import Adapters
 from .layers import adapter_containers, factors_of, groups_of, scalings_of
+from .rows import conceal
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _DESCRIBED = ('r', 'lora_alpha', 'alpha_pattern', 'rank_pattern', 'target_module
 def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], undo: ExitStack) -> None:
     """Makes sure that a fused adapter has a rank and certain layers. What it computes stays the same.
 
-    Where something is missing, its parameters become new objects, which is logged.
+    Where something is missing, its parameters become new objects, which is logged, and a fusion for each row is lost.
 
     Args:
         adapters: the adapters of the model.
@@ -44,6 +45,7 @@ def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], u
     logger.warning(
         f'Adapter {name!r} grows, rank {old_rank} -> {rank}, layers {len(old)} -> {len(old) + len(missing)}: '
         'its parameters there are new objects, which compiled or captured graphs do not know.')
+    conceal(adapters, name, undo)
     for (A, _), layer in zip(found.layout.shapes, found.layers):
         if A[0] < rank:
             _install(layer, name, name, rank, undo)

@@ -6,6 +6,7 @@ children of every module with those that it saw: whatever is added, removed, rep
 no module: everything is referred to weakly.
 """
 import weakref
+from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from peft.tuners.lora import LoraLayer
@@ -107,6 +108,13 @@ class View:
     def __init__(self, index: LoraIndex, modules: List[Any]):
         self.index, self.modules = index, modules
         self.layers: List[Tuple[str, LoraLayer]] = self.of_type(LoraLayer)
+
+    @cached_property
+    def adapter_modules(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+        """By LoRA layer, the modules of all adapters that hold A, and those that hold B, by adapter."""
+        children = [layer._modules for _, layer in self.layers]
+        A, B = ([of_layer[side]._modules for of_layer in children] for side in ('lora_A', 'lora_B'))
+        return A, B
 
     def of_type(self, *classes: type) -> List[Tuple[str, Any]]:
         """Returns `(name, module)` of every module that is an instance of one of `classes`."""

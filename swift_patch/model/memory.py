@@ -10,17 +10,35 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from peft.tuners.lora import LoraConfig
 from torch import Tensor, device, nn
-from typing import Any, Dict, FrozenSet, Mapping, Optional, Tuple
+from typing import Any, Dict, FrozenSet, Mapping, Optional, Tuple, TypeVar
 
 from ..lora.combination import MergeOptions
 from .index import LoraIndex, View
 
+_T = TypeVar('_T')
 _RECORD = '_fused_record'
 # Pairs of configs whose new adapters are remembered; they cost a walk, and may be as many as there are adapters.
 _MAX_NEW = 256
 
 # By layer, the rank and the scaling that a new adapter would have.
 LayersOfNew = Mapping[str, Tuple[int, float]]
+
+
+@dataclass
+class FusedMemory:
+    """Memory that a fused adapter has beside its parameters.
+
+    Attributes:
+        spare: for values that are overwritten, by device, see `Undo.reserve`.
+        rows: the rows of a batch, see `rows.Rows`.
+    """
+    spare: Dict[device, Tensor] = field(default_factory=dict)
+    rows: Optional[Any] = None
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self.spare.clear()
+        self.rows = None
 
 
 @dataclass(frozen=True)
@@ -32,14 +50,14 @@ class FusedRecord:
         config: the config that a new adapter would have had then. The adapter's own is that of its first sample.
         layers: the rank and the scaling that a new adapter would have had then, by layer. The parameters may have more
             rank, filled with zeros, and another scaling, made up for in A and B; and other layers hold only zeros.
-        spare: memory for values that are overwritten, by device, see `Undo.reserve`.
-        owner: refers to a parameter of the adapter, with which `spare` is emptied: a config may live longer, for PEFT
+        memory: memory that it has beside its parameters.
+        owner: refers to a parameter of the adapter, with which `memory` is emptied: a config may live longer, for PEFT
             0.18 leaves it in a model that was unloaded.
     """
     options: MergeOptions
     config: LoraConfig
     layers: LayersOfNew
-    spare: Dict[device, Tensor] = field(default_factory=dict)
+    memory: FusedMemory = field(default_factory=FusedMemory)
     owner: 'Optional[weakref.ref[Tensor]]' = None
 
 
@@ -99,7 +117,7 @@ class Memory:
     Attributes:
         index: where its modules are.
         layouts: where the factors of each adapter lie, see `packing.Layout`.
-        new: what new adapters would be, by the sources' configs, see `new_adapter`.
+        new: what new adapters would be, by the sources' configs, and in which layers, by their own, see `new_adapter`.
         lock: held while an adapter is packed and written, for one thread would move what another one reads.
     """
 
@@ -107,7 +125,7 @@ class Memory:
         self.lock = threading.RLock()
         self.index: Optional[LoraIndex] = None
         self.layouts: Dict[str, Any] = {}
-        self.new: 'OrderedDict[Any, NewAdapter]' = OrderedDict()
+        self.new: 'OrderedDict[Any, Any]' = OrderedDict()
 
     @classmethod
     def of(cls, model: nn.Module) -> 'Memory':
@@ -130,7 +148,7 @@ class Memory:
             view = self.index.look(model)
         return view
 
-    def remember_new(self, key: Any, found: NewAdapter) -> NewAdapter:
+    def remember_new(self, key: Any, found: _T) -> _T:
         """Remembers what a new adapter would be; what was remembered first is forgotten first."""
         self.new[key] = found
         if len(self.new) > _MAX_NEW:

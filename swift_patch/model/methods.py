@@ -5,7 +5,7 @@ from typing import Any, List, Literal, Optional
 from ..lora.combination import MergeOptions
 from ..lora.composition import Composition
 from .adapters import Adapters
-from .plan import check_new_name
+from .checks import check_new_name
 from .refill import add, refill
 from .undo import Undo
 

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import fields, replace
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from torch import Tensor, nn
-from typing import Any, Dict, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, FrozenSet, Optional, Sequence, Set, Tuple, Union
 
 from ..errors import short_repr
 from ..lora.changes_base import changes_base
@@ -55,7 +55,7 @@ def new_adapter(adapters: Adapters, sources: Sequence[str], combination_type: st
     configs = [adapters.config(source) for source in sources]
     key = (_settings(configs[0]), *(_hashable(config.target_modules)
                                     for config in configs[1:]), combination_type == 'average', rank)
-    found = adapters.memory.new.get(key)
+    found: Optional[NewAdapter] = adapters.memory.new.get(key)
     if found is None:
         config = _config(configs, sources, combination_type, rank)
         found = adapters.memory.remember_new(key, NewAdapter(config, _layers(adapters, sources, config)))
@@ -116,9 +116,15 @@ def _layers(adapters: Adapters, sources: Sequence[str], config: LoraConfig) -> '
     plain = {name: value for name, value in _PLAIN.items() if hasattr(config, name)}
     # Of a rank that every layer can have: a fused adapter has the next larger one then.
     plain['r'] = math.lcm(*(groups_of(layer) for _, layer in adapters.layers))
+    plain_config = replace(copy.deepcopy(config), **plain)
+    # The rank, and how many sources there are, make no other layers.
+    key = _settings(plain_config)
+    known: Optional[FrozenSet[str]] = adapters.memory.new.get(key)
+    if known is not None:
+        return known
     model = _without_values(adapters.model)
     tuner = injecting_tuner(adapters, model)
-    tuner.peft_config[_NAME] = replace(copy.deepcopy(config), **plain)
+    tuner.peft_config[_NAME] = plain_config
     # PEFT warns again when the adapter is made, if it is; and nobody's random numbers change.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device('meta'):
         warnings.simplefilter('ignore')
@@ -134,7 +140,7 @@ def _layers(adapters: Adapters, sources: Sequence[str], config: LoraConfig) -> '
     for name in names:
         if name not in layers:
             raise nothing_to_merge(name, sources)
-    return frozenset(names)
+    return adapters.memory.remember_new(key, frozenset(names))
 
 
 def nothing_to_merge(layer_name: str, sources: Sequence[str]) -> ValueError:

@@ -91,6 +91,11 @@ class Layout:
         self._firsts = [i for i, run in enumerate(self.runs) if i == run]
         self.addresses, self._facts = list(map(Tensor.data_ptr, parameters)), self._facts_of(parameters)
 
+    def is_like(self, other: 'Layout') -> bool:
+        """Returns whether another adapter has factors of the same shapes in the same layers, in as many runs."""
+        return self is other or (self.names == other.names and self.runs == other.runs and self.shapes == other.shapes
+                                 and self.is_one_run == other.is_one_run)
+
     def layers(self, view: View) -> List[LoraLayer]:
         """Returns the layers."""
         layers = view.layers
@@ -102,13 +107,14 @@ class Layout:
         Raises:
             KeyError: a layer does not have the adapter any more.
         """
-        name, layers = self._adapter, self.layers(view)
+        name = self._adapter
         if self._has_modules:
             # Past everything that is not a dict: this is most of the time of a small merge.
-            children = [layer._modules for layer in layers]
-            A = [of_layer['lora_A']._modules[name]._parameters['weight'] for of_layer in children]
-            return A + [of_layer['lora_B']._modules[name]._parameters['weight'] for of_layer in children]
-        pairs = [factors_of(layer, name) for layer in layers]
+            return [
+                modules[number][name]._parameters['weight'] for modules in view.adapter_modules
+                for number in self._numbers
+            ]
+        pairs = [factors_of(layer, name) for layer in self.layers(view)]
         if None in pairs:
             raise KeyError(name)
         return [*(pair.A for pair in pairs), *(pair.B for pair in pairs)]  # type: ignore[union-attr]

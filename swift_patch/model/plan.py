@@ -1,25 +1,20 @@
-"""Everything that can be wrong with a merge in a model, found before the first write; and the tensors to merge."""
+"""What a merge in a model merges: which layers together, which tensors. Whatever is wrong is found here."""
 import math
 import torch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import ne
 from peft.tuners.lora import LoraConfig, LoraLayer
-from peft.utils import ModulesToSaveWrapper
-from torch import nn
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..errors import short_repr
+from ..errors import errors_of_sample, short_repr
 from ..lora.combination import CombinationType, Form, MergeOptions
 from ..lora.composition import Composition
 from ..lora.factors import Factors, Source, formed
 from ..lora.merging import reference_scaling
 from .adapters import Adapters
+from .checks import check_modules_to_save, check_source
 from .layers import groups_of, is_transposed
 from .new_adapter import new_adapter, nothing_to_merge
-
-# Kinds of LoRA whose layers compute something else than scaling · B · A: a fused adapter keeps the kind it was made as.
-_VARIANTS = ('use_dora', 'alora_invocation_tokens', 'arrow_config', 'use_qalora')
-# What PEFT keeps the adapters of a layer in: modules and parameters, which become attributes named like the adapter.
-_CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 
 Shapes = Tuple[torch.Size, torch.Size]
 
@@ -36,6 +31,7 @@ class Batch(NamedTuple):
         sources: what to merge, all on one device.
         is_transposed: whether the base layers keep their weights as (in_features, out_features).
         scaling: the scaling that a new adapter would have there.
+        span: where the layers are among those of every source, from and to; None where sources differ in that.
     """
     names: Tuple[str, ...]
     layers: Tuple[LoraLayer, ...]
@@ -45,6 +41,7 @@ class Batch(NamedTuple):
     sources: List[Source]
     is_transposed: bool
     scaling: float
+    span: Optional[Tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def plan_merge(adapters: Adapters, composition: Composition) -> Plan:
     sources, options, combination = composition.sources, composition.options, composition.combination
     for source in dict.fromkeys(sources):
         check_source(source, adapters)
-    _check_modules_to_save(adapters, sources)
+    check_modules_to_save(adapters, sources)
     ranks = {source: adapters.config_rank(source) for source in sources}
     combination.check_ranks(ranks)
     config_rank = combination.fused_rank([ranks[source] for source in sources], options.svd_rank)
@@ -108,13 +105,67 @@ def plan_merge(adapters: Adapters, composition: Composition) -> Plan:
         names, layers = tuple(run.layers), tuple(run.layers.values())
         batches.append(
             Batch(names, layers, run.shapes, sources[run.parts[0].number], form, tensors, is_transposed(layers[0]),
-                  scaling))
+                  scaling, run.span))
     of_layers = {
         layer_name: (A[0] if combination.rank == 'same' else rank, batch.scaling)
         for batch in batches
         for layer_name, (A, _) in zip(batch.names, batch.shapes)
     }
     return Plan(options, combination, rank, new.config, batches, of_layers)
+
+
+def plan_rows(adapters: Adapters, compositions: Sequence[Composition]) -> List[Optional[Plan]]:
+    """Checks the merges of a batch and finds their tensors; None for the base model alone. Changes nothing.
+
+    Rows whose sources are alike in all but their values share a plan, but for the tensors and the weights.
+
+    Args:
+        adapters: the adapters of the model.
+        compositions: what to merge for each row, and how.
+
+    Raises:
+        ValueError: the sources of a row cannot be merged this way. It says which row.
+    """
+    kinds: Dict[str, int] = {}
+    made: Dict[Tuple[object, ...], Plan] = {}
+    plans: List[Optional[Plan]] = []
+    for number, composition in enumerate(compositions):
+        if composition.is_base:
+            plans.append(None)
+            continue
+        with errors_of_sample(number):
+            for source in composition.sources:
+                if source not in kinds:
+                    check_source(source, adapters)
+                    alike = (kind for other, kind in kinds.items() if _are_alike(adapters, source, other))
+                    kinds[source] = next(alike, len(kinds))
+            key = (composition.options, *(kinds[source] for source in composition.sources))
+            plan = made.get(key)
+            if plan is None or any(batch.span is None for batch in plan.batches):
+                plan = made[key] = plan_merge(adapters, composition)
+            else:
+                check_modules_to_save(adapters, composition.sources)
+                plan = replace(plan, batches=[_batch_like(adapters, batch, composition) for batch in plan.batches])
+        plans.append(plan)
+    return plans
+
+
+def _are_alike(adapters: Adapters, source: str, other: str) -> bool:
+    """Whether two sources have equal configs, and factors of equal shapes in the same layers and the same order."""
+    first, second = adapters.factors(source), adapters.factors(other)
+    return (adapters.config(source) == adapters.config(other) and adapters.record_of_source(source) is None
+            and adapters.record_of_source(other) is None and first.scalings == second.scalings
+            and first.layout.is_like(second.layout))
+
+
+def _batch_like(adapters: Adapters, batch: Batch, composition: Composition) -> Batch:
+    """Returns a batch with the tensors and the weights of sources that are like its own."""
+    assert batch.span is not None
+    device, found = batch.sources[0].A.device, []
+    for source, weight, old in zip(composition.sources, composition.weights, batch.sources):
+        A, B = adapters.factors(source).formed(*batch.span, batch.form)
+        found.append(Source(A.to(device), B.to(device), weight, old.scaling))
+    return batch._replace(sources=found, like=composition.sources[0])
 
 
 class _Part(NamedTuple):
@@ -139,10 +190,12 @@ class _Run(NamedTuple):
         layers: the layers by name.
         shapes: the shapes of A and B that the first source has in each.
         parts: what each source has in all of them.
+        span: see `Batch`.
     """
     layers: Dict[str, LoraLayer]
     shapes: List[Shapes]
     parts: List[_Part]
+    span: Optional[Tuple[int, int]] = None
 
 
 def _runs(adapters: Adapters, sources: Sequence[str], form: Form, wanted: 'frozenset[str]') -> Iterator[_Run]:
@@ -166,15 +219,13 @@ def _runs(adapters: Adapters, sources: Sequence[str], form: Form, wanted: 'froze
                                             for found in every)
     scalings = [found.scalings for found in every]
     kinds = list(zip([0] * len(first.names) if is_one_run else first.runs, *scalings))
-    begin = 0
-    for end in range(1, len(kinds) + 1):
-        if end == len(kinds) or kinds[end] != kinds[begin]:
-            yield _Run(
-                dict(zip(first.names[begin:end], every[0].layers[begin:end])), first.shapes[begin:end], [
-                    _Part(i, found.layout.shapes[begin], found.formed(begin, end, form), scalings[i][begin])
-                    for i, found in enumerate(every)
-                ])
-            begin = end
+    ends = [end for end, differs in enumerate(map(ne, kinds[1:], kinds), 1) if differs]
+    for begin, end in zip([0, *ends], [*ends, len(kinds)]):
+        yield _Run(
+            dict(zip(first.names[begin:end], every[0].layers[begin:end])), first.shapes[begin:end], [
+                _Part(i, found.layout.shapes[begin], found.formed(begin, end, form), scalings[i][begin])
+                for i, found in enumerate(every)
+            ], (begin, end))
 
 
 def _single_layers(adapters: Adapters, sources: Sequence[str], form: Form, wanted: 'frozenset[str]') -> Iterator[_Run]:
@@ -193,93 +244,6 @@ def _single_layers(adapters: Adapters, sources: Sequence[str], form: Form, wante
         if not parts:
             raise nothing_to_merge(name, sources)
         yield _Run({name: layer}, shapes[:1], parts)
-
-
-def check_new_name(name: str) -> None:
-    """Checks the name for a new adapter.
-
-    Raises:
-        TypeError: it is not a string.
-        ValueError: no adapter can have it.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f'adapter_name is expected to be a string, found {short_repr(name)}.')
-    if not name or '.' in name:
-        raise ValueError(f'adapter_name is expected to have no dot in it and not to be empty, found {short_repr(name)}'
-                         ': it becomes the name of a module.')
-    if any(hasattr(container, name) for container in _CONTAINERS):
-        raise ValueError(f'adapter_name is expected to be no attribute of torch modules, found {short_repr(name)}: it '
-                         'becomes the name of a module. Choose another one.')
-
-
-def check_target(adapters: Adapters, plan: Plan, sources: Sequence[str], target: str) -> None:
-    """Raises ValueError where the fused adapter `target` cannot take what `plan` merges."""
-    if target in sources:
-        raise ValueError(f'Adapter {target!r} is expected not to be among its own sources, found {list(sources)}: make '
-                         'another one by `add_weighted_adapter`.')
-    check_tensors(adapters, target)
-    _check_unmerged(adapters, target)
-    found = adapters.factors(target)
-    if 0 in found.scalings:
-        name = found.layout.names[found.scalings.index(0)]
-        raise ValueError(f'Adapter {target!r} is expected to have a scaling in layer {name!r}, found 0: set it back '
-                         'before refilling it.')
-    missing = plan.layers.keys() - found.layout.places.keys()
-    for variant in _VARIANTS:
-        new, old = (getattr(config, variant, None) for config in (plan.config, adapters.configs[target]))
-        if new != old:
-            raise ValueError(
-                f'Adapter {target!r} is expected to be refilled from adapters with {variant}={old!r}, as it was made, '
-                f'found {variant}={new!r} of source {sources[0]!r}: make another one by `add_weighted_adapter`.')
-        if new and missing:
-            raise ValueError(f'Adapter {target!r} is expected to have layers {short_repr(sorted(missing))} and lacks '
-                             f'them; it cannot grow, for it has {variant}={old!r}: make another one by '
-                             '`add_weighted_adapter`.')
-
-
-def check_source(source: str, adapters: Adapters) -> None:
-    """Raises ValueError where `source` is not a LoRA that can be merged."""
-    if source not in adapters.configs:
-        raise ValueError(f'adapters is expected to name adapters of the model, {short_repr(sorted(adapters.configs))}, '
-                         f'found {short_repr(source)}.')
-    config = adapters.configs[source]
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f'Adapter {source!r} is expected to be a LoRA, found a {type(config).__name__}.')
-    if getattr(config, 'target_parameters', None):
-        raise ValueError(f'Adapter {source!r} is expected to target modules, found that it targets parameters '
-                         f'({config.target_parameters}), which cannot be merged.')
-    if not adapters.factors(source).layout.places:
-        raise ValueError(f'Adapter {source!r} is expected to have LoRA layers that can be merged, found none: the '
-                         'model was changed, or they are of another kind (as with `use_merged_linear`).')
-    check_tensors(adapters, source)
-    _check_unmerged(adapters, source)
-
-
-def check_tensors(adapters: Adapters, name: str) -> None:
-    """Raises ValueError where an adapter has tensors without memory of their own."""
-    found = adapters.factors(name)
-    if found.layout.sharded:
-        place = found.layout.places[found.layout.sharded[0]]
-        raise ValueError(
-            f'Adapter {name!r} is expected to have plain tensors, found a {type(found.factors(place).A).__name__} in '
-            f'layer {found.layout.sharded[0]!r}: it is sharded (FSDP2, tensor parallel) or quantized. Merge before '
-            'that, or gather it.')
-
-
-def _check_unmerged(adapters: Adapters, name: str) -> None:
-    for layer_name, layer in adapters.merged:
-        if name in layer.merged_adapters:
-            raise ValueError(f'Adapter {name!r} is expected not to be merged into the base weights, found that it is '
-                             f'in layer {layer_name!r}: unmerge it first.')
-
-
-def _check_modules_to_save(adapters: Adapters, sources: Sequence[str]) -> None:
-    for name, wrapper in adapters.view.of_type(ModulesToSaveWrapper):
-        holders = [source for source in sources if source in wrapper.modules_to_save]
-        if len(holders) > 1:
-            raise ValueError(
-                f'Adapters {short_repr(holders)} are expected not to hold a module {name!r} each (modules_to_save), '
-                'which cannot be merged, but do: leave one of them out.')
 
 
 def _check_run(run: _Run, composition: Composition) -> None:

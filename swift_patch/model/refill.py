@@ -7,17 +7,19 @@ import copy
 import torch
 from functools import partial
 from peft.tuners.lora import LoraModel
-from typing import Any, Dict, Sequence, Set
+from typing import Any, Dict, Optional, Sequence, Set
 
 from ..lora.composition import Composition
 from .adapters import Adapters
+from .checks import check_target, check_tensors
 from .growth import describe, grow
 from .layers import factors_of
 from .new_adapter import injecting_tuner
 from .offload import on_device, plain_tensors
-from .plan import check_target, check_tensors, plan_merge
+from .plan import plan_merge, plan_rows
+from .rows import check_rows, install, rows_for, uninstall
 from .undo import Tree, Undo
-from .write import merge_batch, prune_at_random, write
+from .write import fill, merge_batch, prune_at_random, write
 
 
 def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> None:
@@ -62,13 +64,14 @@ def add(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> 
                     # As PEFT: whatever the dtype of the base layer, the new adapter has that of the merge.
                     for new, value in zip(target, merged[batch.names]):
                         new.data = new.data.to(value.dtype)
+        # PEFT 0.18 leaves the rows of an adapter of that name that was deleted.
+        uninstall(adapters, name, own)
         describe(adapters, name, config, plan.rank)
         adapters.pack(name, own)
         write(adapters, name, plan, lambda batch, _: merged[batch.names], own)
         adapters.remember(name, composition.options, plan.config, plan.layers, own)
-        own.commit()
-    # From here on it is the caller's to undo.
-    undo.callback(tree.restore)
+        # From here on it is the caller's to undo.
+        own.pass_to(undo)
 
 
 def refill(adapters: Adapters, composition: Composition, name: str, undo: Undo) -> None:
@@ -89,13 +92,14 @@ def refill(adapters: Adapters, composition: Composition, name: str, undo: Undo) 
                                                                   (*sources, name)) as offloaded, Undo() as own:
         _pack_sources(adapters, sources, offloaded, own)
         plan = plan_merge(adapters, composition)
-        check_target(adapters, plan, sources, name)
+        check_target(adapters, plan.config, plan.layers.keys(), sources, name)
         places = adapters.factors(name).layout.places
         missing = {
             layer_name: batch.like
             for batch in plan.batches
             for layer_name in batch.names if layer_name not in places
         }
+        uninstall(adapters, name, own)
         grow(adapters, name, max(rank for rank, _ in plan.layers.values()), missing, own)
         write(adapters, name, prune_at_random(adapters, plan), partial(merge_batch, plan), own)
         adapters.remember(name, composition.options, plan.config, plan.layers, own)
@@ -106,7 +110,62 @@ def refill(adapters: Adapters, composition: Composition, name: str, undo: Undo) 
             own.pass_to(undo)
 
 
-def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) -> None:
+def refill_rows(adapters: Adapters,
+                compositions: Sequence[Composition],
+                name: str,
+                undo: Undo,
+                seeds: Optional[Sequence[int]] = None) -> None:
+    """Gives each row of a batch a fusion of its own. Which adapters are active stays as it is.
+
+    The fused adapter's parameters stay as they are, except that it may grow.
+
+    Args:
+        adapters: the adapters of the model.
+        compositions: what to merge for each row, and how.
+        name: the fused adapter.
+        undo: takes what undoes it. Nothing is committed.
+        seeds: for each row, what torch's random numbers begin with.
+
+    Raises:
+        ValueError: the sources of a row cannot be merged this way, or layers cannot have rows. The model is as it was.
+    """
+    sources = tuple(dict.fromkeys(source for composition in compositions for source in composition.sources))
+    with adapters.memory.lock, plain_tensors(adapters), on_device(adapters,
+                                                                  (*sources, name)) as offloaded, Undo() as own:
+        _pack_sources(adapters, sources, offloaded, own)
+        plans = plan_rows(adapters, compositions)
+        # Of each kind, for most rows share their layers.
+        merges = list({id(plan.layers): plan for plan in plans if plan is not None}.values())
+        for merge in merges:
+            check_target(adapters, merge.config, merge.layers.keys(), sources, name)
+        places = adapters.factors(name).layout.places
+        missing = {
+            layer_name: batch.like
+            for plan in merges
+            for batch in plan.batches
+            for layer_name in batch.names if layer_name not in places
+        }
+        rank = max((rank for plan in merges for rank, _ in plan.layers.values()), default=0)
+        check_rows(adapters, name, missing)
+        grow(adapters, name, rank, missing, own)
+        rows = rows_for(adapters, name, len(plans), own)
+        target = adapters.factors(name)
+        # From here on nobody can read what was there before.
+        rows.hide()
+        install(adapters, name, rows, own)
+        with torch.inference_mode(False), torch.no_grad():
+            for number, plan in enumerate(plans):
+                if plan is None:
+                    rows.clear(number)
+                    continue
+                if seeds is not None:
+                    torch.manual_seed(seeds[number])
+                fill(rows.row(number, target), prune_at_random(adapters, plan), partial(merge_batch, plan))
+        rows.show(len(plans))
+        own.pass_to(undo)
+
+
+def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str], rows: int = 1) -> None:
     """Makes a fused adapter large enough for what is to come. What it computes stays the same.
 
     Args:
@@ -114,6 +173,7 @@ def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) 
         name: the fused adapter.
         rank: the rank that it shall have at least.
         sources: the adapters whose layers it shall have.
+        rows: how many rows there shall be memory for, where there are several.
 
     Raises:
         ValueError: its tensors cannot be replaced.
@@ -131,6 +191,8 @@ def make_room(adapters: Adapters, name: str, rank: int, sources: Sequence[str]) 
         for source in sources:
             if source not in offloaded and not adapters.factors(source).layout.is_meta:
                 adapters.pack(source, undo)
+        if rows > 1:
+            rows_for(adapters, name, rows, undo)
         undo.commit()
 
 

@@ -3,7 +3,7 @@ import torch
 from dataclasses import replace
 from itertools import groupby
 from torch import Tensor
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ..errors import short_repr
 from ..lora.factors import Factors, padded, rescaled
@@ -14,7 +14,11 @@ from .adapters import Adapters
 from .layers import groups_of
 from .packing import AdapterFactors
 from .plan import Batch, Plan
+from .rows import RowFactors
 from .undo import Undo
+
+# What is filled: a fused adapter's own parameters, or a row.
+Target = Union[AdapterFactors, RowFactors]
 
 
 def prune_at_random(adapters: Adapters, plan: Plan) -> Plan:
@@ -70,36 +74,54 @@ def write(adapters: Adapters, adapter_name: str, plan: Plan, merged: Callable[[B
     layout = target.layout
     record = adapters.record_or_none(adapter_name)
     if record is not None:
-        undo.reserve(record.spare, layout.nbytes, len(target.parameters), target.parameters[0].device)
+        undo.reserve(record.memory.spare, layout.nbytes, len(target.parameters), target.parameters[0].device)
     with torch.inference_mode(layout.is_inference), torch.no_grad():
-        for batch in plan.batches:
-            whole = _factors_together(target, batch)
-            for old in whole or ():
-                # Before it is merged into.
-                undo.keep(old)
-            new = merged(batch, whole)
-            parts = [(whole, batch, new)] if whole else _parts_together(target, batch, new)
-            for factors, part, new in parts:
-                # The layer multiplies by its own scaling, a constant of compiled graphs: what differs goes into A and
-                # B.
-                place = layout.places[part.names[0]]
-                new = rescaled(new, batch.scaling / target.scalings[place], in_place=True)
-                new = padded(new, factors, groups_of(part.layers[0]), stacked=int(part.form == 'matrices'))
-                for old, value in zip(factors, new):
-                    if whole is None:
-                        undo.keep(old)
-                    old.copy_(value)
-        unwritten = [layout.places[name] for name in layout.places.keys() - plan.layers.keys()]
-        zeros = [factor for place in unwritten for factor in target.factors(place)]
+        fill(target, plan, merged, undo.keep)
         # The adapter has biases where the first source has, and they are never merged.
-        zeros += [target.layers[place].lora_B[adapter_name].bias for place in layout.biased]
-        for old in zeros:
-            undo.keep(old)
-            old.zero_()
+        for place in layout.biased:
+            bias = target.layers[place].lora_B[adapter_name].bias
+            undo.keep(bias)
+            bias.zero_()
     if not layout.is_inference:
         # Writing to several parameters in one operation counts for one of them alone.
         _increment_versions(target.parameters)
     adapters.written(adapter_name)
+
+
+def fill(target: Target,
+         plan: Plan,
+         merged: Callable[[Batch, Optional[Factors]], Factors],
+         keep: Optional[Callable[[Tensor], None]] = None) -> None:
+    """Fills factors with what is merged, and with zeros where nothing is.
+
+    Args:
+        target: the factors of a fused adapter, or of one row.
+        plan: see `write`.
+        merged: see `write`.
+        keep: is given every tensor before it is written to.
+    """
+    layout = target.layout
+    keep = keep or (lambda _: None)
+    for batch in plan.batches:
+        whole = _factors_together(target, batch)
+        for old in whole or ():
+            # Before it is merged into.
+            keep(old)
+        new = merged(batch, whole)
+        parts = [(whole, batch, new)] if whole else _parts_together(target, batch, new)
+        for factors, part, new in parts:
+            # The layer multiplies by its own scaling, a constant of compiled graphs: what differs goes into A and B.
+            place = layout.places[part.names[0]]
+            new = rescaled(new, batch.scaling / target.scalings[place], in_place=True)
+            new = padded(new, factors, groups_of(part.layers[0]), stacked=int(part.form == 'matrices'))
+            for old, value in zip(factors, new):
+                if whole is None:
+                    keep(old)
+                old.copy_(value)
+    for name in layout.places.keys() - plan.layers.keys():
+        for old in target.factors(layout.places[name]):
+            keep(old)
+            old.zero_()
 
 
 def _increment_versions(parameters: List[Tensor]) -> None:
@@ -121,7 +143,7 @@ def _takes_a_list() -> bool:
 _TAKES_A_LIST = _takes_a_list()
 
 
-def _factors_together(target: AdapterFactors, batch: Batch) -> Optional[Factors]:
+def _factors_together(target: Target, batch: Batch) -> Optional[Factors]:
     """Returns the target's factors in the layers of a batch, in its form and in the memory of the parameters.
 
     None where the target does not hold them together, or with several scalings; it always holds one `layer`.
@@ -140,7 +162,7 @@ def _factors_together(target: AdapterFactors, batch: Batch) -> Optional[Factors]
     return target.formed(begin, end, batch.form)
 
 
-def _parts_together(target: AdapterFactors, batch: Batch, new: Factors) -> Iterator[Tuple[Factors, Batch, Factors]]:
+def _parts_together(target: Target, batch: Batch, new: Factors) -> Iterator[Tuple[Factors, Batch, Factors]]:
     """Yields the factors of a batch, all or in parts, with where to put them: the target's factors, and the layers."""
     factors = _factors_together(target, batch)
     if factors is not None:

@@ -192,3 +192,27 @@ def test_reserving_beside_a_thread_that_composes_never_zeroes_what_it_composed(b
         assert found.keys() == deltas(model, 'fused').keys() and found
         for name, delta in deltas(model, 'fused').items():
             torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_with_batches_of_their_own_see_their_own_rows(model):
+    rng = random.Random(0)
+    batches = [[rng.choice([*COMPOSITIONS, None]) for _ in range(2)] for _ in range(6)] + [[COMPOSITIONS[0]] * 2]
+    expected = []
+    composer = FusionComposer(model)
+    for batch in batches:
+        rows = []
+        for number, sample in enumerate(batch):
+            composer.compose_batch([sample])
+            rows.append(outputs(model)[number])
+        expected.append(torch.stack(rows))
+
+    def work(i):
+        chance = random.Random(i)
+        # Two composers of one model, as two users of it would make.
+        mine = composer if i % 2 else FusionComposer(model, adapter_name='another')
+        for _ in range(OPERATIONS // 5):
+            number = chance.randrange(len(batches))
+            with mine.fused_batch(batches[number]):
+                torch.testing.assert_close(outputs(model), expected[number], rtol=1e-4, atol=1e-5)
+
+    run(work)

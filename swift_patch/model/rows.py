@@ -1,0 +1,382 @@
+"""A fusion of its own for each row of a batch: the memory of the rows, and the LoRA variant that reads it.
+
+A row is what the parameters of a fused adapter would hold after a refill: of its layers, its rank and its scalings. All
+rows are one piece of memory, and a LoRA layer computes its part of a whole batch by two batched products. PEFT's
+`LoraVariant` is the hook, so that no `forward` is patched.
+"""
+import functools
+import inspect
+import re
+import torch
+from contextlib import ExitStack
+from itertools import accumulate
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor
+from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Tuple
+
+from ..errors import RowsError
+from ..lora.combination import Form
+from ..lora.factors import Factors, formed
+from .adapters import Adapters
+from .layers import groups_of
+from .packing import AdapterFactors
+
+# What the parts of a model for other things than text are called, in its config and among its modules.
+_OF_OTHERS = re.compile('vision|visual|image|video|audio|speech')
+
+# Where a tensor of a row is: the dtype and the device of the memory, the offset in it, the shape.
+_Place = Tuple[torch.dtype, torch.device, int, torch.Size]
+
+
+class Rows:
+    """The memory of the rows of one fused adapter, one piece for each dtype and device: (capacity, elements).
+
+    It stays where it is, so that compiled and captured graphs that read it stay valid. It keeps nothing of the model
+    alive.
+
+    Args:
+        target: the fused adapter.
+        capacity: how many rows there can be.
+
+    Attributes:
+        capacity: how many rows there can be.
+        variants: what is installed in the layers, in the order of the layout.
+    """
+
+    def __init__(self, target: AdapterFactors, capacity: int):
+        self.capacity = capacity
+        self._key = _key_of(target)
+        sizes: Dict[Tuple[torch.dtype, torch.device], int] = {}
+        self._sides: List[List[_Place]] = []
+        for side in target.layout.sides(target.parameters):
+            places = []
+            for parameter in side:
+                kind = parameter.dtype, parameter.device
+                places.append((*kind, sizes.get(kind, 0), parameter.shape))
+                sizes[kind] = places[-1][2] + parameter.numel()
+            self._sides.append(places)
+        with torch.inference_mode(False):
+            self._memory = {
+                # Written to now, for memory that is new costs more than what is merged into it.
+                kind: torch.empty((capacity, size), dtype=kind[0], device=kind[1]).zero_()
+                for kind, size in sizes.items()
+            }
+        self.layout = _RowLayout(target, is_one_run=len(sizes) == 1)
+        self.variants = [RowsVariant(name) for name in target.layout.names]
+        # What the variants read, and how many rows of it, which are mostly as many as the last time.
+        self._shown: List[Tuple[Tensor, Tensor]] = []
+        self._count = 0
+
+    def fits(self, target: AdapterFactors, count: int) -> bool:
+        """Returns whether these are rows for the fused adapter as it is now, and for so many."""
+        return count <= self.capacity and self._key == _key_of(target)
+
+    def row(self, number: int, target: AdapterFactors) -> 'RowFactors':
+        """Returns a row, to write to it."""
+        return RowFactors(self, number, target)
+
+    def clear(self, number: int) -> None:
+        """Fills a row with zeros: the base model alone."""
+        for memory in self._memory.values():
+            memory[number].zero_()
+
+    def show(self, count: int) -> None:
+        """Has the variants read the first `count` rows."""
+        if len(self._shown) != len(self.variants) or self._count != count:
+            self._shown = [(self.view(0, place)[:count], self.view(1, place)[:count])
+                           for place in range(len(self.variants))]
+            self._count = count
+        for variant, (A, B) in zip(self.variants, self._shown):
+            variant.read(A, B)
+
+    def hide(self) -> None:
+        """Has the variants read nothing, so that a forward is refused."""
+        for variant in self.variants:
+            variant.read(None, None)
+
+    def view(self, side: int, place: int) -> Tensor:
+        """Returns A (side 0) or B (side 1) of one layer in all rows, rows in front."""
+        dtype, device, offset, shape = self._sides[side][place]
+        memory = self._memory[dtype, device]
+        return memory[:, offset:offset + shape.numel()].view(self.capacity, *shape)
+
+    def run(self, side: int, number: int, begin: int, end: int) -> Tensor:
+        """Returns the elements of the layers from `begin` to `end`, all of one kind or of one run, in one row."""
+        dtype, device, offset, _ = self._sides[side][begin]
+        last = self._sides[side][end - 1]
+        return self._memory[dtype, device][number, offset:last[2] + last[3].numel()]
+
+
+def rows_for(adapters: Adapters, name: str, count: int, undo: ExitStack) -> Rows:
+    """Returns memory for `count` rows of a fused adapter, that of the last time where it is large enough.
+
+    Args:
+        adapters: the adapters of the model.
+        name: the fused adapter.
+        count: how many rows there shall be.
+        undo: takes what undoes it.
+    """
+    record, target = adapters.record(name), adapters.factors(name)
+    # What grew has other parameters, with which its memory goes.
+    adapters.remember(name, record.options, record.config, record.layers, undo)
+    memory = adapters.record(name).memory
+    if memory.rows is None or not memory.rows.fits(target, count):
+        undo.callback(setattr, memory, 'rows', memory.rows)
+        # The old memory goes first.
+        memory.rows = None
+        memory.rows = Rows(target, count)
+    return memory.rows
+
+
+def check_rows(adapters: Adapters, name: str, missing: Iterable[str]) -> None:
+    """Raises ValueError where a fused adapter cannot have a fusion for each row.
+
+    Args:
+        adapters: the adapters of the model.
+        name: the fused adapter.
+        missing: the layers that it will have besides.
+    """
+    layers, found = dict(adapters.layers), adapters.factors(name)
+    for layer_name, layer in (*zip(found.layout.names, found.layers), *((each, layers[each]) for each in missing)):
+        if not _reads_variants(type(layer)):  # type: ignore[arg-type]  # mypy takes a class for no key
+            raise RowsError(f'Layer {layer_name!r} is expected to be of a class that can have a fusion for each row of '
+                            f'a batch, found a {type(layer).__name__}, in which PEFT computes LoRA in another way: '
+                            'compose the samples one by one.')
+        variant = layer.lora_variant.get(name)
+        if variant is not None and not isinstance(variant, RowsVariant):
+            raise RowsError(f'Adapter {name!r} is expected to be a plain LoRA to have a fusion for each row of a '
+                            f'batch, found a {type(variant).__name__} in layer {layer_name!r}: compose the samples one '
+                            'by one.')
+
+
+def install(adapters: Adapters, name: str, rows: Rows, undo: ExitStack) -> None:
+    """Has the layers of a fused adapter read its rows. `undo` takes what undoes it."""
+    is_in_text = _text_of(adapters)
+    for layer, variant in zip(adapters.factors(name).layers, rows.variants):
+        installed = layer.lora_variant.get(name)
+        if installed is not variant:
+            variant.is_in_text = is_in_text(variant.name)
+            undo.callback(_put_back, layer.lora_variant, name, installed)
+            layer.lora_variant[name] = variant
+
+
+def uninstall(adapters: Adapters, name: str, undo: ExitStack) -> None:
+    """Has the layers of a fused adapter read its parameters again. `undo` takes what undoes it."""
+    for _, layer in adapters.layers:
+        installed = layer.lora_variant.get(name)
+        if isinstance(installed, RowsVariant):
+            undo.callback(_put_back, layer.lora_variant, name, installed)
+            del layer.lora_variant[name]
+
+
+def conceal(adapters: Adapters, name: str, undo: ExitStack) -> None:
+    """Has no layer of a fused adapter read its rows, so that a forward is refused. `undo` takes what undoes it."""
+    for _, layer in adapters.layers:
+        installed = layer.lora_variant.get(name)
+        if isinstance(installed, RowsVariant):
+            undo.callback(installed.read, installed.A, installed.B)
+            installed.read(None, None)
+
+
+def has_rows(adapters: Adapters, name: str) -> bool:
+    """Returns whether there is a fusion for each row in an adapter now."""
+    # All of its layers have one, or none.
+    return any(isinstance(layer.lora_variant.get(name), RowsVariant) for layer in adapters.factors(name).layers[:1])
+
+
+class _RowLayout:
+    """What `write.fill` asks of a layout, for a row. See `packing.Layout`."""
+
+    def __init__(self, target: AdapterFactors, is_one_run: bool):
+        layout = target.layout
+        self.names, self.places, self.shapes = layout.names, layout.places, layout.shapes
+        self.is_one_run, self.is_contiguous = is_one_run, True
+        # Layers of one kind come one after another.
+        kinds = [(*shapes, A.dtype, A.device, B.dtype, B.device, groups_of(layer))
+                 for shapes, A, B, layer in zip(layout.shapes, *layout.sides(target.parameters), target.layers)]
+        starts = [i == 0 or kinds[i] != kinds[i - 1] for i in range(len(kinds))]
+        self.runs = list(accumulate(starts))
+
+
+class RowFactors:
+    """One row as a target: what `write.fill` asks of a fused adapter. See `packing.AdapterFactors`."""
+
+    def __init__(self, rows: Rows, number: int, target: AdapterFactors):
+        self._rows, self._number = rows, number
+        self.layout, self.layers, self.scalings = rows.layout, target.layers, target.scalings
+
+    def formed(self, begin: int, end: int, form: Form) -> Factors:
+        """Returns the factors of the layers from `begin` to `end`, in the memory of the row."""
+        flat = Factors(*(self._rows.run(side, self._number, begin, end) for side in (0, 1)))
+        if form == 'elements':
+            return flat
+        shapes = self.layout.shapes[begin]
+        return formed(Factors(*(factor.view(end - begin, *shape) for factor, shape in zip(flat, shapes))), form)
+
+    def factors(self, place: int) -> Factors:
+        """Returns the factors of one layer, in the memory of the row."""
+        return Factors(*(self._rows.view(side, place)[self._number] for side in (0, 1)))
+
+
+class RowsVariant(LoraVariant):  # type: ignore[misc]  # PEFT has no types
+    """What PEFT calls in a LoRA layer for an adapter whose rows differ.
+
+    Args:
+        name: the name of the layer, for messages.
+
+    Attributes:
+        A: the rows' A, shape (rows, r, in_features); None where the rows are not to be read.
+        B: the rows' B, shape (rows, out_features, r).
+        is_in_text: whether the batch of a layer is that of the tokens: not so in the tower of another modality.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.A: Optional[Tensor] = None
+        self.B: Optional[Tensor] = None
+        self.is_in_text = True
+
+    def read(self, A: Optional[Tensor], B: Optional[Tensor]) -> None:
+        """Reads other rows from now on, or none."""
+        self.A, self.B = A, B
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """A no-op: PEFT calls it where it makes an adapter anew."""
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Returns the result of a layer with, for each row, what that row's A and B add.
+
+        Args:
+            module: the layer.
+            active_adapter: the fused adapter.
+            x: the input, rows in front; n · rows of them where each row comes n times in a row (beams).
+            result: what the base layer made of it.
+
+        Raises:
+            RowsError: it cannot be told which row a value belongs to.
+        """
+        A, B = self._rows(module, active_adapter, x)
+        scaling = module.scaling[active_adapter]
+        if active_adapter in module.lora_embedding_A:
+            return _embedding(module, A, B, scaling, x, result)
+        if A.ndim > 3:
+            return _convolution(module, active_adapter, A, B, scaling, x, result)
+        return _linear(A, B, scaling, x, result)
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> NoReturn:
+        """Raises RowsError: base weights cannot hold a fusion for each row."""
+        raise RowsError(f'Adapter {active_adapter!r} is expected to be one fusion to be merged into the base weights, '
+                        f'found a fusion for each row of a batch in layer {self.name!r}: compose one sample first.')
+
+    merge_unsafe = unmerge = merge_safe
+
+    def __reduce__(self) -> NoReturn:
+        raise RowsError('A model that is pickled is expected to hold no fusion for each row of a batch, which is no '
+                        f'part of a checkpoint, found one in layer {self.name!r}: compose one sample first.')
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> 'RowsVariant':
+        new = RowsVariant(self.name)
+        new.is_in_text = self.is_in_text
+        # A copied model has its rows in one piece of memory, too: torch copies a storage once.
+        new.A, new.B = (None if value is None else value.__deepcopy__(memo) for value in (self.A, self.B))
+        return new
+
+    def _rows(self, module: LoraLayer, adapter: str, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Returns A and B, a row for each of `x`, or for each n adjacent ones where they repeat."""
+        A, B = self.A, self.B
+        if A is None or B is None:
+            raise RowsError(f'Adapter {adapter!r} is expected to hold a fusion for each row of a batch, found none '
+                            f'in layer {self.name!r}: they were lost when it grew, or when an error left them half '
+                            'written. Compose again.')
+        if module.get_base_layer().training:
+            raise RowsError(f'Layer {self.name!r} is expected to be in evaluation mode while each row of a batch has '
+                            'its own fusion, found training mode: call `model.eval()`, or compose one sample.')
+        if _is_mixed(module):
+            raise RowsError(f'Layer {self.name!r} is expected to get no `adapter_names` while each row of a batch has '
+                            'its own fusion: leave them out, or compose one sample.')
+        is_embedding = adapter in module.lora_embedding_A
+        if len(A) > 1 and (not self.is_in_text or x.ndim < (2 if is_embedding else 3) or x.shape[0] % len(A)):
+            kind = 'tokens of all rows in one heap or another batch' if self.is_in_text else 'another modality'
+            raise RowsError(
+                f'Layer {self.name!r} is expected to get the {len(A)} rows that were composed in front (or each of '
+                f'them n times in a row), found {kind}, an input of shape {tuple(x.shape)}: compose a batch of the '
+                "right size, or leave the layer out of the adapters' target modules, or compose the samples one by "
+                'one.')
+        like = module.lora_embedding_A[adapter] if is_embedding else module.lora_A[adapter].weight
+        if A.dtype != like.dtype or A.device != like.device:
+            # The model was cast or moved since.
+            self.A, self.B = A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
+        return A, B
+
+
+def _linear(A: Tensor, B: Tensor, scaling: float, x: Tensor, result: Tensor) -> Tensor:
+    rows = len(A)
+    # Rows that repeat, and dimensions between the rows and the features, are one dimension for the products.
+    low = torch.bmm(x.reshape(rows, -1, x.shape[-1]), A.mT)
+    base = result.reshape(rows, -1, result.shape[-1])
+    if isinstance(scaling, float) and base.dtype == low.dtype == B.dtype:
+        return torch.baddbmm(base, low, B.mT, alpha=scaling).view(result.shape)
+    return (base + torch.bmm(low, B.mT) * scaling).view(result.shape)
+
+
+def _embedding(module: LoraLayer, A: Tensor, B: Tensor, scaling: float, x: Tensor, result: Tensor) -> Tensor:
+    rows = len(A)
+    tokens = x.reshape(rows, 1, -1).expand(-1, A.shape[1], -1)
+    # (rows, r, tokens): what the tokens have in A, whose columns are the vocabulary.
+    low = A.gather(2, tokens)
+    added = torch.bmm(low.mT, B.mT) * scaling
+    scale = module._get_embed_scale() if hasattr(module, '_get_embed_scale') else None
+    if scale is not None:
+        added = added * scale.to(added.dtype)
+    return result + added.view(result.shape)
+
+
+def _convolution(module: LoraLayer, adapter: str, A: Tensor, B: Tensor, scaling: float, x: Tensor,
+                 result: Tensor) -> Tensor:
+    added = []
+    for of_A, of_B, part in zip(A, B, x.chunk(len(A))):
+        low = module.lora_A[adapter]._conv_forward(part, of_A, None)
+        added.append(module.lora_B[adapter]._conv_forward(low, of_B, None))
+    return result + torch.cat(added) * scaling
+
+
+def _is_mixed(module: LoraLayer) -> bool:
+    """Whether PEFT computes an adapter for some rows alone: its hook gives each layer the names."""
+    return any('adapter_names' in getattr(hook, 'keywords', ()) for hook in module._forward_pre_hooks.values())
+
+
+def _put_back(variants: Dict[str, LoraVariant], name: str, variant: Optional[LoraVariant]) -> None:
+    if variant is None:
+        variants.pop(name, None)
+    else:
+        variants[name] = variant
+
+
+def _text_of(adapters: Adapters) -> Callable[[str], bool]:
+    """Returns what says whether a layer belongs to the part of the model whose batch is that of the tokens.
+
+    A tower for images or sounds gets as many as there are in the batch, however they are spread over its rows.
+    """
+    model: Any = adapters.model
+    config = vars(getattr(model, 'config', None) or object) if hasattr(model, 'get_input_embeddings') else {}
+    if not any(_OF_OTHERS.search(name) for name, value in config.items() if value is not None):
+        return lambda name: True
+    names = {id(module): name for name, module in zip(adapters.view.index.names, adapters.view.modules)}
+    prefix = names.get(id(model.get_input_embeddings()), '').rpartition('.')[0]
+    head = names.get(id(model.get_output_embeddings()))
+    inside = f'{prefix}.' if prefix else ''
+    return lambda name: name == head or (name.startswith(inside) and not _OF_OTHERS.search(name))
+
+
+@functools.lru_cache(maxsize=None)
+def _reads_variants(layer_class: type) -> bool:
+    """Returns whether LoRA layers of a class ask for variants. PEFT's layers for some quantized weights do not."""
+    forward = inspect.unwrap(getattr(layer_class, 'forward'))
+    return 'lora_variant' in forward.__code__.co_names
+
+
+def _key_of(target: AdapterFactors) -> Any:
+    layout = target.layout
+    return layout.names, layout.shapes, [(parameter.dtype, parameter.device) for parameter in target.parameters]
