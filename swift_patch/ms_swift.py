@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, Dict
 
 if TYPE_CHECKING or find_spec('swift.infer_engine') is not None:
     from swift.arguments import BaseArguments, SftArguments
-    from swift.infer_engine import InferRequest, TransformersEngine
+    from swift.infer_engine import AdapterRequest, InferRequest, TransformersEngine
     from swift.pipelines.utils import prepare_model_template
 else:  # ms-swift 3: all in one module, where some are called otherwise
-    from swift.llm import BaseArguments, InferRequest
+    from swift.llm import AdapterRequest, BaseArguments, InferRequest
     from swift.llm import PtEngine as TransformersEngine
     from swift.llm import TrainArguments as SftArguments
     from swift.llm import prepare_model_template
 
 __all__ = [
-    'TEMPLATE_MODE', 'TUNER_OPTION', 'BaseArguments', 'InferRequest', 'SftArguments', 'TransformersEngine',
-    'get_engine', 'get_template', 'load_base', 'sft_main'
+    'TEMPLATE_MODE', 'TUNER_OPTION', 'AdapterRequest', 'BaseArguments', 'InferRequest', 'SftArguments',
+    'TransformersEngine', 'get_engine', 'get_template', 'load_base', 'sft_main'
 ]
 
 # ms-swift 3 said `train_type`.

@@ -18,7 +18,7 @@ from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, Lis
 
 from ..compose.composer import FusionComposer
 from ..inference.checkpoints import AdapterCheckpoint, check_base_model, find_checkpoints
-from ..inference.engine import load_engine, swift_arguments
+from ..inference.engine import load_model, swift_arguments
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.compiled import compile_merging
 from ..patching import reverted, why_not_applied
@@ -223,10 +223,10 @@ def _run(config: BenchConfig, swift_args: Mapping[str, Any], adapters: Mapping[s
     @contextmanager
     def loaded(path: str) -> Iterator[Tuple[Any, List[Sample]]]:
         say(f'{path}: loading the model and its adapters ...')
-        engine, aliases = load_engine(args, checkpoints)
-        yield engine.model, [Sample([aliases[name] for name in sample.adapters], sample.weights) for sample in samples]
-        del engine
-        # An engine and its model refer to each other, and the next one needs the room.
+        model, _, aliases = load_model(args, checkpoints)
+        yield model, [Sample([aliases[name] for name in sample.adapters], sample.weights) for sample in samples]
+        del model
+        # Its modules refer to each other, and the next one needs the room.
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -12,6 +12,7 @@ from .progress import stage
 
 # All of them are made before the first is answered.
 _MAX_SAMPLES = 100_000
+_BATCH_SIZES = (1, 16)
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -95,6 +96,12 @@ def run(args: argparse.Namespace) -> int:
                 answers[method] = compare.answer_with_patch(
                     engine, samples, advance, merge_method=method, adapter_name=method)
         answers[compare.COMPARED_TYPE] = patch
+        batches = [-(-len(samples) // size) for size in _BATCH_SIZES]
+        with stage(console, 'One by one, and in batches', sum(batches)) as advance:
+            in_batches = {
+                size: engine.answer_in_batches(samples, size, advance, adapter_name='rows')
+                for size in _BATCH_SIZES
+            }
 
     draw_latency(stock.seconds, patch.seconds, args.output_dir / 'latency.png',
                  f'Composing 3 of {len(adapters)} LoRAs ({compare.COMPARED_TYPE}), sample after sample')
@@ -102,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         latency_table(stock.seconds, patch.seconds, f'Seconds composing ({compare.COMPARED_TYPE}, 3 LoRAs each)'))
     console.print(report.accuracy_table(samples, answers))
+    console.print(report.throughput_table(in_batches))
     done, equal = len(stock.responses), sum(map(str.__eq__, stock.responses, patch.responses))
     if done < len(samples):
         console.print(f'The stock path was cut after {done} of {len(samples)} samples (--stock_seconds).')

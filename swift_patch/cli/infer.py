@@ -3,7 +3,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..inference.config import ANSWER_OPTIONS
+from ..inference.config import ANSWER_OPTIONS, InferConfig
 from .arguments import (COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_bool, add_combination, add_model_group,
                         given, number)
 
@@ -62,7 +62,12 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
     add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
     group.add_argument('--top_logprobs', type=number(int, 0), help='how many log probabilities for each position')
-    group.add_argument('--seed', type=int, help='seeds sampling, for each sample anew (default: 42)')
+    group.add_argument('--seed', type=int, help='seeds sampling, for each batch anew (default: 42)')
+    group.add_argument(
+        '--max_batch_size',
+        type=number(int, 1),
+        default=InferConfig.max_batch_size,
+        help='how many samples are answered together at most, each with its own composition (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
         0, 2 after a user's mistake (told on stderr), or 130 where it was interrupted.
     """
     from swift_patch.inference.checkpoints import parse_adapters
-    from swift_patch.inference.config import InferConfig
     from swift_patch.inference.run import run_infer
     try:
         config = InferConfig(
@@ -82,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             swift_args=given(args, SWIFT_OPTIONS),
             merge_method=args.merge_method,
             composer_args=given(args, COMPOSER_OPTIONS),
+            max_batch_size=args.max_batch_size,
             compile_merging=args.compile_merging,
             resume=args.resume,
             overwrite=args.overwrite)

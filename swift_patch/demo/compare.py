@@ -1,11 +1,12 @@
 """The same samples through stock ms-swift and through the patch: seconds composing per sample, and the answers."""
+import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import swift_patch
 from ..bench.measure import seconds_composing, stock_composing
 from ..inference.checkpoints import find_checkpoints
-from ..inference.engine import load_engine
+from ..inference.engine import load_model
 from ..quiet import silenced
 from ..synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 from .tasks import Sample
@@ -35,7 +36,7 @@ class TaskEngine:
     """
 
     def __init__(self, model_dir: str, adapters: Dict[str, str]):
-        from ..ms_swift import BaseArguments
+        from ..ms_swift import BaseArguments, get_engine
         with silenced():
             args = BaseArguments(
                 model=model_dir,
@@ -44,9 +45,9 @@ class TaskEngine:
                 torch_dtype='float32',
                 max_new_tokens=8,
                 temperature=0)
-            self._engine, self._aliases = load_engine(args, find_checkpoints(adapters))
+            self.model, self._template, self._aliases = load_model(args, find_checkpoints(adapters))
+            self._engine = get_engine(self.model, self._template, max_batch_size=1)
             self._request_config = args.get_request_config()
-        self.model = self._engine.model
 
     def answer(self,
                samples: Sequence[Sample],
@@ -64,17 +65,50 @@ class TaskEngine:
         Returns:
             The answers to the samples, or to the first of them.
         """
-        from ..ms_swift import InferRequest
         answers = Answers()
-        compositions = [([self._aliases[name] for name in sample['adapters']], list(sample['weights']))
-                        for sample in samples]
-        for sample, seconds in zip(samples, seconds_composing(compositions, compose, max_seconds)):
+        for request, seconds in zip(
+                self._requests(samples), seconds_composing(self._compositions(samples), compose, max_seconds)):
             answers.seconds.append(seconds)
-            request = InferRequest(messages=[dict(message) for message in sample['messages']])
             [response] = self._engine.infer([request], self._request_config, use_tqdm=False)
             answers.responses.append(response.choices[0].message.content)
             advance()
         return answers
+
+    def answer_in_batches(self, samples: Sequence[Sample], max_batch_size: int, advance: Callable[[], Any],
+                          **options: Any) -> Answers:
+        """Composes and generates, batch by batch, each sample with its own fusion.
+
+        Args:
+            samples: The samples.
+            max_batch_size: How many are answered together.
+            advance: Is called after each batch.
+            **options: Those of `FusionComposer`.
+
+        Returns:
+            The answers; of each batch, the seconds that it took in all.
+        """
+        from ..compose.engine import FusionEngine
+        engine = FusionEngine(self.model, self._template, max_batch_size=max_batch_size, **options)
+        engine.composer.reserve(max_sources=3, max_rows=max_batch_size)
+        requests, compositions = self._requests(samples), self._compositions(samples)
+        answers = Answers()
+        for begin in range(0, len(samples), max_batch_size):
+            batch = slice(begin, begin + max_batch_size)
+            start = time.perf_counter()
+            responses = engine.infer(
+                requests[batch], self._request_config, use_tqdm=False, compositions=compositions[batch])
+            answers.seconds.append(time.perf_counter() - start)
+            answers.responses += [response.choices[0].message.content for response in responses]
+            advance()
+        return answers
+
+    def _compositions(self, samples: Sequence[Sample]) -> List[Tuple[List[str], List[float]]]:
+        return [([self._aliases[name] for name in sample['adapters']], list(sample['weights'])) for sample in samples]
+
+    @staticmethod
+    def _requests(samples: Sequence[Sample]) -> List[Any]:
+        from ..ms_swift import InferRequest
+        return [InferRequest(messages=[dict(message) for message in sample['messages']]) for sample in samples]
 
 
 def answer_with_stock(engine: TaskEngine, samples: Sequence[Sample], advance: Callable[[], Any],

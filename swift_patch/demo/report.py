@@ -27,6 +27,22 @@ def accuracy_table(samples: Sequence[Sample], answers: Dict[str, Answers]) -> Ta
     return table
 
 
+def throughput_table(answers: Dict[int, Answers]) -> Table:
+    """Returns how fast the same samples were answered, by batch size."""
+    first, count = next(iter(answers.values())), len(next(iter(answers.values())).responses)
+    table = Table(
+        'each with a fusion of its own',
+        title=f'Composing and generating, {count} samples (fusion)',
+        title_justify='left')
+    for name in ('seconds', 'samples/s', 'equal answers'):
+        table.add_column(name, justify='right')
+    for size, given in answers.items():
+        equal = sum(map(str.__eq__, first.responses, given.responses))
+        name = 'one by one' if size == 1 else f'in batches of {size}'
+        table.add_row(name, f'{sum(given.seconds):.1f}', f'{count / sum(given.seconds):.1f}', f'{equal} of {count}')
+    return table
+
+
 def write_results(samples: Sequence[Sample], stock: Answers, answers: Dict[str, Answers], path: Path) -> None:
     """Writes a line per sample: the sample, what every way answered, and the seconds that composing took."""
     lines: List[str] = []

@@ -21,6 +21,7 @@ class InferConfig:
             adapter that has one.
         merge_method: 'fusion', 'mixture' or 'selection'.
         composer_args: Further arguments of `FusionComposer` (`combination_type`, `density`, ...).
+        max_batch_size: How many samples are answered together at most.
         compile_merging: Merge by a compiled kernel, see `swift_patch.compile_merging`.
         resume: Go on with an existing result file.
         overwrite: Start again, over an existing result file.
@@ -31,6 +32,7 @@ class InferConfig:
     swift_args: Dict[str, Any] = field(default_factory=dict)
     merge_method: Literal['fusion', 'mixture', 'selection'] = 'fusion'
     composer_args: Dict[str, Any] = field(default_factory=dict)
+    max_batch_size: int = 16
     compile_merging: bool = False
     resume: bool = False
     overwrite: bool = False

@@ -1,11 +1,14 @@
-"""ms-swift's own engine around one base model with all adapters loaded."""
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple
+"""What an engine needs: ms-swift's arguments, and one base model with all adapters loaded."""
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple, Union
 
 from .checkpoints import AdapterCheckpoint
 from .loading import load_adapters
 
 if TYPE_CHECKING:
-    from ..ms_swift import BaseArguments, TransformersEngine
+    from peft import PeftModel
+    from swift.tuners import SwiftModel
+
+    from ..ms_swift import BaseArguments
 
 
 def swift_arguments(swift_args: Mapping[str, Any], checkpoints: Sequence[AdapterCheckpoint]) -> 'BaseArguments':
@@ -33,8 +36,8 @@ def swift_arguments(swift_args: Mapping[str, Any], checkpoints: Sequence[Adapter
         raise ValueError(f'ms-swift cannot use these arguments: {type(e).__name__}: {e}') from e
 
 
-def load_engine(args: 'BaseArguments',
-                checkpoints: Sequence[AdapterCheckpoint]) -> 'Tuple[TransformersEngine, Dict[str, str]]':
+def load_model(args: 'BaseArguments',
+               checkpoints: Sequence[AdapterCheckpoint]) -> 'Tuple[Union[SwiftModel, PeftModel], Any, Dict[str, str]]':
     """Loads the base model and its adapters.
 
     Args:
@@ -42,12 +45,12 @@ def load_engine(args: 'BaseArguments',
         checkpoints: What `find_checkpoints` returned.
 
     Returns:
-        The engine, whose `model` is a `SwiftModel` or a `PeftModel`, and the alias of each adapter in it.
+        The model, its template, and the alias of each adapter in it.
 
     Raises:
         ValueError: If the model cannot be loaded, or if an adapter does not fit it.
     """
-    from ..ms_swift import get_engine, load_base
+    from ..ms_swift import load_base
 
     # The adapters are ours to load, so that none of them needs the name that ms-swift would give it.
     try:
@@ -56,4 +59,4 @@ def load_engine(args: 'BaseArguments',
         reason = ' '.join(str(e).split())
         raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason:.1000}') from e
     model, aliases = load_adapters(model, checkpoints)
-    return get_engine(model, template, max_batch_size=1), aliases
+    return model, template, aliases

@@ -167,6 +167,8 @@ def _settings(config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[
             settings[key] = value if isinstance(value, (bool, int, float, str, list, dict)) else str(value)
     settings['merge_method'] = config.merge_method
     settings.update({key: value for key, value in sorted(config.composer_args.items()) if value is not None})
+    # Padding rounds, and sampling draws, in another way in another batch.
+    settings['max_batch_size'] = config.max_batch_size
     if config.compile_merging:
         # It rounds in another way.
         settings['compile_merging'] = True

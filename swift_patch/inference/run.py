@@ -1,15 +1,15 @@
-"""The run of `swift-patch infer`: check everything, load once, then compose, generate and write sample by sample."""
-import hashlib
-import json
+"""The run of `swift-patch infer`: check everything, load once, then compose, generate and write batch by batch."""
 import time
-from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from ..files import os_errors_as
+from ..lora.numbers import derived_seed
 from ..patching import why_not_applied
+from .batches import batches
 from .checkpoints import AdapterCheckpoint, check_base_model, find_checkpoints
 from .config import InferConfig, InferSummary
 from .dataset import DatasetError, Sample, read_dataset
-from .engine import load_engine, swift_arguments
+from .engine import load_model, swift_arguments
 from .results import ResultFile, check_result_path, result_line, write_line
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def run_infer(config: InferConfig) -> InferSummary:
     """Answers every sample of a dataset with its own composition of adapters.
 
     No file is written before the dataset, the adapters, the options, an existing result file, the template's view of
-    every sample and the loading of the model have all succeeded. Each result line is flushed when its sample is done.
-    The lines depend on the inputs only (the random state is seeded per sample), so that a resumed run writes the same
-    file.
+    every sample and the loading of the model have all succeeded. Each result line is flushed when its sample and all
+    before it are done. The lines depend on the inputs only (the random state is seeded per batch, and batches do not
+    depend on what is finished), so that a resumed run writes the same file.
 
     Args:
         config: What to run.
@@ -57,7 +57,7 @@ def run_infer(config: InferConfig) -> InferSummary:
 
     check_base_model(checkpoints, args.model_dir)
     requests = [_to_request(sample) for sample in samples]
-    _check_template(config, args, samples, requests)
+    lengths = _check_template(config, args, samples, requests)
     with os_errors_as(f'Cannot write {results.path}'):
         results.path.parent.mkdir(parents=True, exist_ok=True)
     generator = _Generator(config, args, checkpoints, samples)
@@ -66,60 +66,77 @@ def run_infer(config: InferConfig) -> InferSummary:
     with results.open() as file, tqdm(
             total=len(samples), initial=summary.resumed, unit='sample', dynamic_ncols=True) as progress:
         start = time.perf_counter()
+        # Answers whose lines wait for those of samples before them.
+        answers: Dict[int, Any] = {}
+        written = summary.resumed
         try:
-            for index in range(summary.resumed, len(samples)):
-                choice = generator.generate(index, samples[index], requests[index], summary)
-                line = result_line(config, samples[index], choice.message.content, choice.logprobs)
-                with os_errors_as(f'Cannot write {results.path}'):
-                    write_line(file, line)
-                summary.samples += 1
-                summary.seconds = time.perf_counter() - start
-                progress.update()
+            for batch in batches(lengths, config.max_batch_size):
+                if max(batch) < summary.resumed:
+                    continue
+                answers.update(zip(batch, generator.answer(batch, samples, requests)))
+                while written in answers:
+                    line = _line_of(config, samples[written], answers.pop(written))
+                    with os_errors_as(f'Cannot write {results.path}'):
+                        write_line(file, line)
+                    written += 1
+                    progress.update()
+                    summary.samples = written - summary.resumed
+                    summary.seconds = time.perf_counter() - start
+                    summary.seconds_composing = generator.engine.seconds_composing
+                    summary.seconds_generating = generator.engine.seconds_generating
+                # Those of this batch that were finished before.
+                answers = {number: answer for number, answer in answers.items() if number >= written}
         except KeyboardInterrupt as e:
             raise KeyboardInterrupt(f'--resume goes on with {results.path}') from e
     return summary
 
 
 class _Generator:
-    """The model with its adapters, the composer and ms-swift's engine."""
+    """The model with its adapters, in an engine that composes."""
 
     def __init__(self, config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint],
                  samples: Sequence[Sample]):
-        from ..compose.composer import FusionComposer
-        self.config = config
+        from ..compose.engine import FusionEngine
         self.seed = args.seed
-        self.engine, self.aliases = load_engine(args, checkpoints)
-        self.composer = FusionComposer(self.engine.model, config.merge_method, **config.composer_args)
+        model, template, self.aliases = load_model(args, checkpoints)
+        self.engine = FusionEngine(
+            model,
+            template,
+            max_batch_size=config.max_batch_size,
+            merge_method=config.merge_method,
+            **config.composer_args)
+        # Errors take the places of responses, so that the other samples of a batch are answered.
+        self.engine.strict = False
         # From all samples, so that a resumed run computes with the same shapes.
         used = {name for sample in samples for name in sample.adapters}
-        self.composer.reserve([alias for name, alias in self.aliases.items() if name in used],
-                              max_sources=max(len(sample.adapters) for sample in samples))
+        self.engine.composer.reserve([alias for name, alias in self.aliases.items() if name in used],
+                                     max_sources=max(len(sample.adapters) for sample in samples),
+                                     max_rows=min(config.max_batch_size, len(samples)))
         self.request_config = args.get_request_config()
 
-    def generate(self, index: int, sample: Sample, request: 'InferRequest', summary: InferSummary) -> Any:
-        """Returns the engine's choice for one sample and adds the seconds it took to the summary."""
-        weights = {self.aliases[name]: weight for name, weight in zip(sample.adapters, sample.weights)}
-        # Seeds come from the sample's place alone. Generating has its own: some compositions draw masks, others none.
-        start = self._clock(_derive_seed(self.seed, index, 'composing'))
-        try:
-            with self.composer.fused(weights):
-                composed = self._clock(_derive_seed(self.seed, index))
-                response = self.engine.infer([request], self.request_config, use_tqdm=False)[0]
-                generated = self._clock()
-        except ValueError as e:
-            raise ValueError(f'{self.config.val_dataset}, line {sample.line}: {e}') from e
-        summary.seconds_composing += composed - start
-        summary.seconds_generating += generated - composed
-        return response.choices[0]
+    def answer(self, batch: Sequence[int], samples: Sequence[Sample], requests: 'Sequence[InferRequest]') -> List[Any]:
+        """Returns, for each sample of a batch, the response or what went wrong."""
+        found: List[Any] = self.engine.infer(
+            [requests[number] for number in batch],
+            self.request_config,
+            use_tqdm=False,
+            compositions=[{
+                self.aliases[name]: weight
+                for name, weight in zip(samples[number].adapters, samples[number].weights)
+            } for number in batch],
+            # They come from the places of the samples alone.
+            seeds=[derived_seed(self.seed, number) for number in batch])
+        return found
 
-    def _clock(self, seed: Optional[int] = None) -> float:
-        """Seeds torch, waits for the device and returns the time."""
-        import torch
-        if seed is not None:
-            torch.manual_seed(seed)
-        if self.engine.model.device.type == 'cuda':
-            torch.cuda.synchronize(self.engine.model.device)
-        return time.perf_counter()
+
+def _line_of(config: InferConfig, sample: Sample, answer: Any) -> Dict[str, Any]:
+    """Returns the result line of a sample, or raises what went wrong with it."""
+    if isinstance(answer, ValueError):
+        raise ValueError(f'{config.val_dataset}, line {sample.line}: {answer}') from answer
+    if isinstance(answer, Exception):
+        raise answer
+    choice = answer.choices[0]
+    return result_line(config, sample, choice.message.content, choice.logprobs)
 
 
 def _to_request(sample: Sample) -> 'InferRequest':
@@ -129,8 +146,11 @@ def _to_request(sample: Sample) -> 'InferRequest':
 
 
 def _check_template(config: InferConfig, args: 'BaseArguments', samples: Sequence[Sample],
-                    requests: 'Sequence[InferRequest]') -> None:
+                    requests: 'Sequence[InferRequest]') -> List[Optional[int]]:
     """Encodes every sample with the model's template, for which the model itself is not needed.
+
+    Returns:
+        How many tokens each has, None where that is not known.
 
     Raises:
         DatasetError: If there are samples that the template refuses or that leave no room for an answer.
@@ -138,24 +158,22 @@ def _check_template(config: InferConfig, args: 'BaseArguments', samples: Sequenc
     if args.task_type != 'causal_lm':
         raise ValueError(f'swift-patch infer generates text, but this is a model for {args.task_type}.')
     if args.model_meta.is_multimodal:  # encoding would load every image twice
-        return
+        return [None] * len(samples)
     from ..ms_swift import TEMPLATE_MODE, get_template
     template = get_template(args)
     template.set_mode(TEMPLATE_MODE)
     max_model_len = template.model_info.max_model_len
     problems: List[Tuple[int, str]] = []
+    lengths: List[Optional[int]] = []
     for sample, request in zip(samples, requests):
         try:
             length = len(template.encode(request)['input_ids'])
         except Exception as e:  # templates raise whatever comes: assertions, KeyError, ValueError
             problems.append((sample.line, f"the model's template refuses it: {type(e).__name__}: {str(e):.300}"))
             continue
+        lengths.append(length)
         if max_model_len is not None and length >= max_model_len:
             problems.append((sample.line, f'{length} tokens leave no room for an answer in {max_model_len}'))
     if problems:
         raise DatasetError(config.val_dataset, problems)
-
-
-def _derive_seed(*parts: Any) -> int:
-    """Derives a seed that has nothing to do with those derived from other parts."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:7], 'big')
+    return lengths

@@ -78,15 +78,15 @@ def test_both_paths_compose_the_same_samples(written: Any, seen: List[Dict[str, 
 
 
 def test_the_first_model_is_gone_before_the_second_is_loaded(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    models, original = [], measure.load_engine
+    models, original = [], measure.load_model
 
     def watched(*args: Any) -> Any:
         assert all(model() is None for model in models)
-        engine, aliases = original(*args)
-        models.append(weakref.ref(engine.model))
-        return engine, aliases
+        found = original(*args)
+        models.append(weakref.ref(found[0]))
+        return found
 
-    monkeypatch.setattr(measure, 'load_engine', watched)
+    monkeypatch.setattr(measure, 'load_model', watched)
     run_bench(make_config(written, 'swift'), no_stage, lambda text: None)
     assert len(models) == 2
 
@@ -116,7 +116,7 @@ def fail(*args: Any) -> None:
 ])  # yapf: disable
 def test_mistakes_are_told_before_a_model_is_loaded(written: Any, monkeypatch: pytest.MonkeyPatch, changes: Any,
                                                     told: str) -> None:
-    monkeypatch.setattr(measure, 'load_engine', fail)
+    monkeypatch.setattr(measure, 'load_model', fail)
     config = make_config(written, 'swift')
     vars(config).update(changes)
     with pytest.raises(ValueError, match=told):
@@ -126,7 +126,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(written: Any, monkeypatch: p
 @pytest.mark.parametrize('kind', ['swift', 'peft'])
 def test_ranks_that_stock_refuses_are_told_before_a_model_is_loaded(written: Any, monkeypatch: pytest.MonkeyPatch,
                                                                     kind: str) -> None:
-    monkeypatch.setattr(measure, 'load_engine', fail)
+    monkeypatch.setattr(measure, 'load_model', fail)
     with pytest.raises(ValueError, match="'linear' expects adapters of one rank, found {'l3': 4, 'l4': 8}: use 'cat'"):
         run_bench(make_config(written, kind, ['l3', 'l4']), no_stage, print)
     # Each alone is no sum.
@@ -137,7 +137,7 @@ def test_ranks_that_stock_refuses_are_told_before_a_model_is_loaded(written: Any
 def test_adapters_of_another_model_are_told_before_a_model_is_loaded(written: Any, monkeypatch: pytest.MonkeyPatch,
                                                                      tmp_path: Any) -> None:
     from swift_patch.synthetic.tiny_model import build_tiny_qwen2
-    monkeypatch.setattr(measure, 'load_engine', fail)
+    monkeypatch.setattr(measure, 'load_model', fail)
     config = make_config(written, 'peft')
     config.swift_args['model'] = build_tiny_qwen2(tmp_path / 'other', hidden_size=64, num_layers=2)
     with pytest.raises(ValueError, match="adapter 'l0' .* does not belong to the base model"):

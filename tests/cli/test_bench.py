@@ -31,7 +31,7 @@ def loads_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError('a model is loaded')
 
-    monkeypatch.setattr(measure, 'load_engine', fail)
+    monkeypatch.setattr(measure, 'load_model', fail)
 
 
 @pytest.mark.parametrize(('kind', 'wrapper'), [('swift', 'SwiftModel'), ('peft', 'PeftModel')])

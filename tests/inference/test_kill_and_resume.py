@@ -54,7 +54,7 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
     tell(ms_swift, 'prepare_model_template', 'loading the model')
     tell(engine, 'load_adapters', 'loading the adapters')
     tell(FusionComposer, 'reserve', 'reserving')
-    tell(FusionComposer, 'fused', 'composing')
+    tell(FusionComposer, 'fused_batch', 'composing')
     tell(ms_swift.TransformersEngine, 'infer', 'generating')
     tell(run, 'write_line', 'writing')
     tell(os, 'replace', 'writing the settings')
@@ -147,16 +147,23 @@ def choose_num_bytes(rng: random.Random, rest: bytes) -> int:
     return before + rng.choice([0, 1, rng.randrange(len(line)), len(line) - 1, len(line)])
 
 
+# By the batch size, how many kills leave more lines than there were: a window of batches is written at a time.
+@pytest.mark.parametrize(('max_batch_size', 'progress'), [(1, 8), (8, 5)])
 @pytest.mark.parametrize('seed', [int(os.environ.get('KILL_SEED', 0))])
 def test_a_run_that_is_killed_25_times_and_resumed_ends_as_an_undisturbed_one(model_dir: str, checkpoints: Dict[str,
                                                                                                                 str],
-                                                                              tmp_path: Path, seed: int) -> None:
+                                                                              tmp_path: Path, seed: int,
+                                                                              max_batch_size: int,
+                                                                              progress: int) -> None:
     config = make_config(model_dir, checkpoints, tmp_path)
     samples = [{**SAMPLES[i % len(SAMPLES)], 'id': f'{i} {"é" * (i % 7)}'} for i in range(NUM_SAMPLES)]
     Path(config.val_dataset).write_text('\n'.join(map(json.dumps, samples)))
     path, log = Path(config.result_path), tmp_path / 'log.txt'
     # Both the compositions and the answers are drawn at random.
-    argv = ['infer', *command_line(config), '--combination_type', 'dare_linear', '--density', '0.5']
+    argv = [
+        'infer', *command_line(config), '--combination_type', 'dare_linear', '--density', '0.5', '--max_batch_size',
+        str(max_batch_size)
+    ]
     seconds = run_to_the_end(log, argv)
     undisturbed = tmp_path / 'undisturbed'
     path.parent.rename(undisturbed)
@@ -184,7 +191,7 @@ def test_a_run_that_is_killed_25_times_and_resumed_ends_as_an_undisturbed_one(mo
     print(f'seed {seed}: {len(history)} kills, as (planned, died in, bytes left): {history}')
     sizes = [0, *(size for _, _, size in history)]
     assert len(history) == 25
-    assert sum(after > before for before, after in zip(sizes, sizes[1:])) >= 8, history
+    assert sum(after > before for before, after in zip(sizes, sizes[1:])) >= progress, history
     assert len(left) < len(expected), history
     # At last by the command itself, which imports everything anew.
     process = subprocess.run([sys.executable, '-m', 'swift_patch.cli', *argv, '--resume'],

@@ -18,6 +18,7 @@ from swift_patch.inference import run as run_module
 from swift_patch.inference.config import InferConfig
 from swift_patch.inference.dataset import DatasetError
 from swift_patch.inference.run import run_infer
+from swift_patch.lora.numbers import derived_seed
 from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 
 USER = {'role': 'user', 'content': 'hello'}
@@ -404,7 +405,7 @@ def test_random_compositions_resume_to_the_same_file(config: InferConfig) -> Non
 
 
 def test_seeds_of_different_parts_differ() -> None:
-    seeds = {run_module._derive_seed(seed, index) for seed in range(50) for index in range(50)}
+    seeds = {derived_seed(seed, index) for seed in range(50) for index in range(50)}
     assert len(seeds) == 50 * 50
 
 

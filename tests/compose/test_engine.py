@@ -1,0 +1,337 @@
+"""Requests with different compositions are answered in one batch, each as it is answered alone."""
+import asyncio
+import logging
+import pytest
+import torch
+from copy import copy
+from queue import Queue
+from swift.tuners import SwiftModel
+from types import SimpleNamespace
+from unittest import mock
+
+from swift_patch import FusionEngine
+from swift_patch.inference.checkpoints import find_checkpoints
+from swift_patch.inference.engine import load_model
+from swift_patch.ms_swift import (BaseArguments, InferRequest, TransformersEngine, get_engine, get_template,
+                                  prepare_model_template)
+from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
+
+COMPOSITIONS = [['adapter_0', 'adapter_1'], {
+    'adapter_2': 1.0
+}, None, (['adapter_3', 'adapter_0'], [0.8, -0.4]), ['adapter_1']]
+TEXTS = ['hello', 'a much longer question than all of the others', 'q', 'what is it?', 'bye now']
+
+
+def request(text):
+    return InferRequest(messages=[{'role': 'user', 'content': text}])
+
+
+REQUESTS = [request(text) for text in TEXTS]
+
+
+def load(written, kind):
+    """Returns an engine around a small model with four LoRAs, and ms-swift's arguments."""
+    model_dir, paths = written
+    args = BaseArguments(
+        model=model_dir,
+        model_type=MODEL_TYPE,
+        template=TEMPLATE,
+        torch_dtype='float32',
+        max_new_tokens=8,
+        temperature=0)
+    names = ('l0', 'l1', 'l2', 'l3')
+    model, template, aliases = load_model(args, find_checkpoints({name: paths[kind][name] for name in names}))
+    assert aliases == {name: f'adapter_{i}' for i, name in enumerate(names)}
+    return FusionEngine(model, template), args
+
+
+@pytest.fixture(scope='module', params=['swift', 'peft'])
+def loaded(request, written):
+    return load(written, request.param)
+
+
+@pytest.fixture
+def engine(loaded):
+    engine = loaded[0]
+    engine.max_batch_size, engine.strict, engine._has_told_of_rows = 16, True, False
+    return engine
+
+
+@pytest.fixture
+def config(loaded):
+    return loaded[1].get_request_config()
+
+
+def content(response):
+    return response.choices[0].message.content
+
+
+def alone(engine, config):
+    """What answers each request where it is the only one."""
+    return [
+        content(engine.infer([each], config, compositions=[composition])[0])
+        for each, composition in zip(REQUESTS, COMPOSITIONS)
+    ]
+
+
+def test_each_request_of_a_batch_is_answered_as_alone(engine, config):
+    expected = alone(engine, config)
+    assert len(set(expected)) == len(expected), 'or the test would see nothing'
+    found = engine.infer(REQUESTS, config, compositions=COMPOSITIONS, use_tqdm=False)
+    assert list(map(content, found)) == expected
+    assert engine.seconds_composing > 0 and engine.seconds_generating > 0
+
+
+def test_one_adapter_answers_as_ms_swifts_own_engine_with_it(written, engine, config):
+    if isinstance(engine.model, SwiftModel):
+        pytest.skip('stock loads a SwiftModel only by the name that it was saved with')
+    model_dir, paths = written
+    args = BaseArguments(
+        adapters=[paths['peft']['l2']],
+        model=model_dir,
+        model_type=MODEL_TYPE,
+        template=TEMPLATE,
+        torch_dtype='float32',
+        max_new_tokens=8,
+        temperature=0)
+    stock = get_engine(prepare_model_template(args)[0], get_template(args))
+    [expected] = stock.infer([REQUESTS[0]], config)
+    found = engine.infer(REQUESTS[:2], config, compositions=[['adapter_2'], ['adapter_0']])[0]
+    assert content(found) == content(expected)
+
+
+def test_batches_are_as_large_as_they_may_be(engine, config):
+    engine.max_batch_size = 2
+    sizes = []
+    with mock.patch.object(
+            TransformersEngine,
+            '_infer',
+            autospec=True,
+            side_effect=lambda self, requests, *args, **kwargs: sizes.append(len(requests)) or requests):
+        engine.infer(REQUESTS, config, compositions=COMPOSITIONS)
+    assert sizes == [2, 2, 1]
+
+
+def test_several_answers_and_beams_belong_to_their_requests(engine, config):
+    config.n, config.num_beams = 2, 2
+    expected = [[
+        choice.message.content for choice in engine.infer([each], config, compositions=[composition])[0].choices
+    ] for each, composition in zip(REQUESTS, COMPOSITIONS)]
+    found = engine.infer(REQUESTS, config, compositions=COMPOSITIONS)
+    assert [[choice.message.content for choice in response.choices] for response in found] == expected
+
+
+def test_log_probabilities_are_those_of_each_request(engine, config):
+    config.logprobs, config.top_logprobs = True, 2
+
+    def told(response):
+        return [[token['token'], *(top['token'] for top in token['top_logprobs'])]
+                for token in response.choices[0].logprobs['content']]
+
+    expected = [
+        told(engine.infer([each], config, compositions=[composition])[0])
+        for each, composition in zip(REQUESTS, COMPOSITIONS)
+    ]
+    assert list(map(told, engine.infer(REQUESTS, config, compositions=COMPOSITIONS))) == expected
+
+
+def test_as_many_compositions_as_requests_are_wanted(engine, config):
+    with pytest.raises(ValueError, match='one for each of 5 requests, found 1'):
+        engine.infer(REQUESTS, config, compositions=[['adapter_0']])
+
+
+# An error reaches the request that it belongs to, and no other.
+
+BAD = InferRequest(messages=[{'role': 'nobody', 'content': 'x'}])
+
+
+@pytest.mark.parametrize(('requests', 'compositions'), [
+    (REQUESTS[:3], [['adapter_0'], ['nobody'], ['adapter_1']]),
+    ([REQUESTS[0], BAD, REQUESTS[2]], [['adapter_0'], ['adapter_1'], ['adapter_1']]),
+], ids=['composition', 'messages'])  # yapf: disable
+def test_an_error_takes_the_place_of_its_response_and_of_no_other(engine, config, requests, compositions):
+    expected = [
+        content(engine.infer([requests[i]], config, compositions=[compositions[i]])[0])  # yapf: disable
+        for i in (0, 2)
+    ]
+    engine.strict = False
+    found = engine.infer(requests, config, compositions=compositions)
+    assert isinstance(found[1], Exception)
+    assert [content(found[0]), content(found[2])] == expected
+    engine.strict = True
+    with pytest.raises(Exception):
+        engine.infer(requests, config, compositions=compositions)
+    assert content(engine.infer(requests[:1], config, compositions=compositions[:1])[0]) == expected[0]
+
+
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory'),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    MemoryError(),
+])
+def test_a_batch_for_which_memory_does_not_suffice_is_halved(engine, config, caplog, error):
+    expected = alone(engine, config)
+    infer, sizes = TransformersEngine._infer, []
+
+    def limited(self, requests, *args, **kwargs):
+        sizes.append(len(requests))
+        if len(requests) > 2:
+            raise error
+        return infer(self, requests, *args, **kwargs)
+
+    with mock.patch.object(TransformersEngine, '_infer', limited), caplog.at_level(logging.WARNING, 'swift_patch'):
+        found = engine.infer(REQUESTS, config, compositions=COMPOSITIONS)
+    assert list(map(content, found)) == expected
+    assert max(sizes[1:]) < 5 and engine.max_batch_size == 1
+    assert 'Memory does not suffice for a batch of 5' in caplog.text
+
+
+def test_what_cannot_be_batched_is_answered_one_by_one_and_that_is_said_once(engine, config, caplog):
+    expected = alone(engine, config)
+    from swift_patch.model.rows import RowsVariant
+    forward = RowsVariant.forward
+
+    def in_one_heap(self, module, active_adapter, x, result, **kwargs):
+        return forward(self, module, active_adapter, x.flatten(0, -2), result, **kwargs)
+
+    with mock.patch.object(RowsVariant, 'forward', in_one_heap), caplog.at_level(logging.WARNING, 'swift_patch'):
+        for _ in range(2):
+            found = engine.infer(REQUESTS, config, compositions=COMPOSITIONS)
+            assert list(map(content, found)) == expected
+    assert caplog.text.count('are answered one by one, for Layer') == 1
+
+
+# Requests that wait.
+
+
+def ask(engine, *asked):
+    """Asks asynchronously: (request, config, composition) each. Returns the responses or errors."""
+
+    async def all_of_them():
+        return await asyncio.gather(
+            *(engine.infer_async(each, config, composition=composition) for each, config, composition in asked),
+            return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
+def batches_of(engine):
+    """Has the engine's batches be counted from now on."""
+    sizes = []
+    answered = type(engine)._infer
+
+    def counting(self, infer_requests, **kwargs):
+        sizes.append(len(infer_requests))
+        return answered(self, infer_requests, **kwargs)
+
+    return sizes, mock.patch.object(FusionEngine, '_infer', counting)
+
+
+def test_requests_that_wait_are_answered_in_one_batch_whatever_their_compositions(engine, config):
+    expected = alone(engine, config)
+    sizes, counting = batches_of(engine)
+    with counting:
+        found = ask(engine, *((each, config, composition) for each, composition in zip(REQUESTS, COMPOSITIONS)))
+    assert list(map(content, found)) == expected
+    assert len(sizes) < len(REQUESTS) and sum(sizes) == len(REQUESTS)
+
+
+def test_an_error_reaches_only_whom_it_belongs_to_and_the_next_request_works(engine, config):
+    expected = alone(engine, config)
+    found = ask(engine, (REQUESTS[0], config, COMPOSITIONS[0]), (REQUESTS[1], config, ['nobody']),
+                (BAD, config, ['adapter_0']), (REQUESTS[3], config, COMPOSITIONS[3]))
+    assert [content(found[0]), content(found[3])] == [expected[0], expected[3]]
+    assert isinstance(found[1], ValueError) and 'nobody' in str(found[1])
+    assert isinstance(found[2], Exception)
+    assert content(ask(engine, (REQUESTS[4], config, COMPOSITIONS[4]))[0]) == expected[4]
+
+
+def test_settings_that_differ_make_different_batches_and_the_oldest_request_goes_first(config):
+    other = copy(config)
+    other.max_tokens = 3
+    # Not an engine that answers meanwhile.
+    engine = SimpleNamespace(_queue=Queue(), _waiting=[], max_batch_size=2)
+    for number, settings in enumerate([config, other, config, config, other]):
+        engine._queue.put((number, {'request_config': settings}, (None, None)))
+    order = []
+    while (batch := FusionEngine._fetch_infer_requests(engine)) is not None:
+        order.append(batch[0]['infer_requests'])
+    assert order == [[0, 2], [1, 4], [3]]
+
+
+def stream(engine, config, *asked):
+    """Asks for streams and returns the texts that came, or the errors."""
+
+    chunks = []
+
+    async def one(each, composition):
+        text = ''
+        try:
+            async for chunk in await engine.infer_async(each, config, composition=composition):
+                text += chunk.choices[0].delta.content or ''
+                chunks.append(text)
+        except Exception as e:
+            return e
+        return text
+
+    async def all_of_them():
+        return await asyncio.wait_for(asyncio.gather(*(one(*pair) for pair in asked)), 60)
+
+    found = asyncio.run(all_of_them())
+    assert len(chunks) >= sum(not isinstance(each, Exception) for each in found)
+    return found
+
+
+def test_streams_of_a_batch_are_what_is_answered_without(engine, config):
+    expected = alone(engine, config)
+    config.stream = True
+    assert stream(engine, config, *zip(REQUESTS, COMPOSITIONS)) == expected
+
+
+def test_a_stream_is_computed_with_its_fusion_where_adapters_are_activated_by_thread(written, monkeypatch):
+    monkeypatch.setenv('USE_UNIQUE_THREAD', '0')
+    engine, args = load(written, 'swift')
+    config = args.get_request_config()
+    expected = alone(engine, config)
+    config.stream = True
+    assert stream(engine, config, *zip(REQUESTS, COMPOSITIONS)) == expected
+
+
+def test_a_stream_that_fails_ends_with_its_error_and_no_other(engine, config):
+    expected = alone(engine, config)
+    config.stream = True
+    found = stream(engine, config, (REQUESTS[0], COMPOSITIONS[0]), (REQUESTS[1], ['nobody']),
+                   (REQUESTS[4], COMPOSITIONS[4]))
+    assert [found[0], found[2]] == [expected[0], expected[4]]
+    assert isinstance(found[1], ValueError) and 'nobody' in str(found[1])
+
+
+def test_streams_that_cannot_be_batched_come_one_by_one(engine, config):
+    expected = alone(engine, config)
+    config.stream = True
+    from swift_patch.model.rows import RowsVariant
+    forward = RowsVariant.forward
+
+    def in_one_heap(self, module, active_adapter, x, result, **kwargs):
+        return forward(self, module, active_adapter, x.flatten(0, -2), result, **kwargs)
+
+    with mock.patch.object(RowsVariant, 'forward', in_one_heap):
+        assert stream(engine, config, *zip(REQUESTS, COMPOSITIONS)) == expected
+
+
+def test_a_client_that_goes_away_leaves_the_engine_to_the_next(engine, config):
+
+    async def go_away():
+        task = asyncio.ensure_future(engine.infer_async(REQUESTS[0], config, composition=COMPOSITIONS[0]))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    expected = alone(engine, config)
+    asyncio.run(go_away())
+    for _ in range(2):
+        assert content(ask(engine, (REQUESTS[1], config, COMPOSITIONS[1]))[0]) == expected[1]
+
+
+def test_a_batch_size_is_positive(engine):
+    with pytest.raises(ValueError, match='max_batch_size is expected to be a positive integer, found 0'):
+        FusionEngine(engine.model, engine.template, max_batch_size=0)
