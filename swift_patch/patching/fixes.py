@@ -9,7 +9,7 @@ from functools import partial, wraps
 from peft.tuners.lora import Embedding, LoraConfig, LoraLayer
 from torch import nn, random
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
 
 # Before the names in a checkpoint of PEFT.
 _PEFT_PREFIX = 'base_model.model.'
@@ -157,3 +157,57 @@ def load_embeddings(model: nn.Module, state_dict: Dict[str, Any], adapter_name: 
     found = model.load_state_dict({place: state_dict[key] for key, place in places.items()}, strict=False)
     unplaced = set(found.unexpected_keys)
     return {key: value for key, value in state_dict.items() if key not in places or places[key] in unplaced}
+
+
+class _OfBatch(NamedTuple):
+    """An adapter request, for `size` rows."""
+    request: Any
+    size: int
+
+
+def infer_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns an `_infer` of ms-swift's engine that tells `adapter_names` how many rows there are.
+
+    Needed by ms-swift up to 4.6, which hands over one name for a whole batch, where PEFT wants one for each row
+    (ms-swift issue 5285); `original` itself is returned where it cannot be told.
+    """
+    if 'pre_infer_hook' not in inspect.signature(original).parameters:
+        return original
+
+    @wraps(original)
+    def infer(self: Any,
+              infer_requests: Any,
+              request_config: Any,
+              *args: Any,
+              pre_infer_hook: Any = None,
+              **kwargs: Any) -> Any:
+
+        def hook(arguments: Dict[str, Any]) -> Dict[str, Any]:
+            mask = arguments['inputs'].get('attention_mask')
+            if mask is not None and getattr(self._get_adapter_names, '__name__', '') == 'names_of_batch':
+                config = arguments['generation_config']
+                # Beams and several sequences are rows from the first forward on.
+                sequences = getattr(config, 'num_return_sequences', None)
+                each = 1 if sequences is None else max(config.num_beams or 1, sequences)
+                asked = _OfBatch(arguments.get('adapter_request'), mask.shape[0] * each)
+                arguments = {**arguments, 'adapter_request': asked}
+            return arguments if pre_infer_hook is None else pre_infer_hook(arguments)
+
+        return original(self, infer_requests, request_config, *args, pre_infer_hook=hook, **kwargs)
+
+    return infer
+
+
+def adapter_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a `_get_adapter_names` of ms-swift's engine that gives a name for each row, see `infer_batch`."""
+    if list(inspect.signature(original).parameters) != ['self', 'adapter_request']:
+        return original
+
+    # Under a name of its own, by which `infer_batch` knows it.
+    def names_of_batch(self: Any, adapter_request: Any) -> Any:
+        if not isinstance(adapter_request, _OfBatch):
+            return original(self, adapter_request)
+        found = original(self, adapter_request.request)
+        return found if found is None or len(found) != 1 else found * adapter_request.size
+
+    return names_of_batch

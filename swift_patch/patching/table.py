@@ -1,6 +1,8 @@
 """What is replaced where: one table."""
 from typing import NamedTuple
 
+from .releases import installed
+
 
 class Patch(NamedTuple):
     """One attribute that is replaced.
@@ -23,6 +25,11 @@ class Patch(NamedTuple):
         return self.source.startswith('patching.fixes:')
 
 
+# Where ms-swift has its engine: in ms-swift 3 elsewhere. Its version is asked, for importing it is not ours to do.
+_ENGINE, _ENGINE_CLASS = (('swift.llm.infer.infer_engine.pt_engine', 'PtEngine') if
+                          (installed('ms-swift') or '').startswith('3.') else
+                          ('swift.infer_engine.transformers_engine', 'TransformersEngine'))
+
 PATCHES = (
     Patch('peft', 'peft.tuners.lora.model', 'LoraModel.add_weighted_adapter', 'model.methods:add_weighted_adapter'),
     Patch('peft', 'peft.tuners.lora.model', 'LoraModel.update_weighted_adapter',
@@ -40,4 +47,6 @@ PATCHES = (
     Patch('swift.tuners.base', 'swift.tuners.lora_layers', 'LoraModel._create_and_replace',
           'patching.fixes:create_and_replace'),
     Patch('swift.tuners.base', 'swift.tuners.base', 'SwiftModel.load_state_dict', 'patching.fixes:load_state_dict'),
+    Patch(_ENGINE, _ENGINE, f'{_ENGINE_CLASS}._infer', 'patching.fixes:infer_batch'),
+    Patch(_ENGINE, _ENGINE, f'{_ENGINE_CLASS}._get_adapter_names', 'patching.fixes:adapter_names'),
 )

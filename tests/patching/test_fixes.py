@@ -9,8 +9,10 @@ from swift.tuners.lora_layers import LoraModel
 from types import SimpleNamespace
 
 from swift_patch import patching
+from swift_patch.ms_swift import AdapterRequest, BaseArguments, InferRequest, get_engine, load_base
 from swift_patch.patching import fixes
 from swift_patch.patching.fixes import layer_arguments, load_embeddings
+from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 
 TARGETS = ['embedding', 'linear', 'fan', 'conv2', 'point', 'grouped']
 
@@ -174,3 +176,31 @@ def test_an_update_that_fails_leaves_the_layer_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         fixes.create_and_replace(original)(SimpleNamespace(), LoraConfig(), 'l1', model.linear)
     assert 'update_layer' not in vars(model.linear)
+
+
+@pytest.mark.parametrize('beams', [1, 2])
+def test_a_batch_with_an_adapter_is_answered_by_ms_swifts_own_engine_as_its_requests_alone(written, beams):
+    model_dir, paths = written
+    args = BaseArguments(
+        model=model_dir,
+        model_type=MODEL_TYPE,
+        template=TEMPLATE,
+        torch_dtype='float32',
+        max_new_tokens=6,
+        temperature=0,
+        num_beams=beams)
+    model, template = load_base(args)
+    engine = get_engine(model, template, max_batch_size=8)
+    config = args.get_request_config()
+    requests = [InferRequest(messages=[{'role': 'user', 'content': text}]) for text in ('a', 'a longer one', 'q')]
+
+    def answers(*asked, **kwargs):
+        return [each.choices[0].message.content for each in engine.infer(list(asked), config, **kwargs)]
+
+    base = answers(*requests)
+    for adapter in ('l0', 'l1'):
+        asked = {'adapter_request': AdapterRequest(adapter, paths['peft'][adapter])}
+        expected = [answers(each, **asked)[0] for each in requests]
+        assert answers(*requests, **asked) == expected != base
+    # There are adapters now, and none is named.
+    assert answers(*requests) == base
