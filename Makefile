@@ -50,9 +50,9 @@ bench: $(VENV)/.installed
 bench-gate: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks -m gate --tb=line $(PYTEST_ARGS)
 
-# The tables and the picture of what `make bench` measured last.
+# The tables and the pictures of what `make bench` measured last.
 figures: $(VENV)/.installed
-	$(BIN)/python benchmarks/figures.py benchmarks.json docs/cost.png
+	$(BIN)/python benchmarks/figures.py benchmarks.json docs/cost.png docs/batches.png
 
 lint: $(VENV)/.installed
 	$(BIN)/flake8 $(SOURCES)

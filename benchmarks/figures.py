@@ -1,6 +1,6 @@
-"""README's figures from what `make bench` measured: prints the tables in Markdown and draws the picture.
+"""README's figures from what `make bench` measured: prints the tables in Markdown and draws the pictures.
 
-python benchmarks/figures.py benchmarks.json docs/cost.png
+python benchmarks/figures.py benchmarks.json docs/cost.png docs/batches.png
 """
 import argparse
 import json
@@ -14,6 +14,10 @@ _COLORS = {
     'PEFT add + set': '#d68910',
     'PEFT delete + add + set': '#7d3c98',
     'swift_patch': '#2471a3',
+    'one by one': '#c0392b',
+    "PEFT's mixed batch": '#d68910',
+    'one LoRA for all': '#7d3c98',
+    'base model': '#616a6b',
 }
 _SAMPLES_SHOWN = (1, 2, 5, 10, 20, 30, 60)
 
@@ -52,6 +56,15 @@ def tables(content: Dict[str, Any]) -> str:
             parts.append(
                 _markdown([what, *map(str, numbers)], [[path, *(f'{seconds[number - 1]:.2g}' for number in numbers)]
                                                        for path, seconds in curves.items()]))
+    for hidden, found in batches(content).items():
+        sizes = list(next(iter(found['samples_per_second'].values())))
+        parts.append(
+            _markdown([f'samples/s, hidden {hidden}, batches of', *sizes],
+                      [[way, *(f'{rates[size]:.2f}' for size in sizes)]
+                       for way, rates in found['samples_per_second'].items()]))
+        parts.append(
+            _markdown([f'composing over generating, hidden {hidden}', *sizes],
+                      [['swift_patch', *(f'{found["composing"][size]:.1%}' for size in sizes)]]))
     return '\n\n'.join(parts)
 
 
@@ -71,6 +84,39 @@ def samples(content: Dict[str, Any], subject: str = 'samples') -> Dict[str, List
         extra['case']: extra['samples']
         for extra in found if extra.get('subject') == subject and 'samples' in extra
     }
+
+
+def batches(content: Dict[str, Any]) -> Dict[int, Dict[str, Any]]:
+    """Returns what was measured of batches, by the hidden size of the model."""
+    found = (benchmark['extra_info'] for benchmark in content['benchmarks'])
+    return {extra['case']: extra for extra in found if extra.get('subject') == 'batches'}
+
+
+def draw_batches(found: Dict[int, Dict[str, Any]], path: Path) -> None:
+    """Draws samples per second against the batch size, a picture for each model, on logarithmic axes."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure, every = pyplot.subplots(ncols=len(found), figsize=(9, 4.5), layout='constrained', squeeze=False)
+    for axes, (hidden, measured) in zip(every[0], found.items()):
+        for way, rates in measured['samples_per_second'].items():
+            sizes = list(map(int, rates))
+            axes.plot(
+                sizes, list(rates.values()), marker='o', markersize=3, linewidth=1.2, color=_COLORS[way], label=way)
+        axes.set_xscale('log', base=2)
+        axes.set_yscale('log')
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel='batch size', ylabel='samples per second')
+        axes.set_title(f'hidden {hidden}, 24 layers, {measured["tokens"]} new tokens')
+        axes.grid(alpha=0.3, which='both')
+    handles, labels = every[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def draw(curves: Dict[str, List[float]], path: Path) -> None:
@@ -107,15 +153,18 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    """Reads the first argument, prints, and draws the second."""
+    """Reads the first argument, prints, and draws the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('json', type=Path, help='what pytest-benchmark wrote')
-    parser.add_argument('picture', type=Path, help='the picture to draw')
+    parser.add_argument('cost', type=Path, help='the picture to draw of the cost per sample')
+    parser.add_argument('batches', type=Path, help='the picture to draw of batches')
     args = parser.parse_args()
     content = json.loads(args.json.read_text(encoding='utf-8'))
     print(tables(content))
     if samples(content):
-        draw(samples(content), args.picture)
+        draw(samples(content), args.cost)
+    if batches(content):
+        draw_batches(batches(content), args.batches)
 
 
 if __name__ == '__main__':

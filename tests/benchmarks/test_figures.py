@@ -1,5 +1,5 @@
 """The tables and the picture, from a JSON like pytest-benchmark's."""
-from figures import draw, samples, tables
+from figures import batches, draw, draw_batches, samples, tables
 from pathlib import Path
 
 CONTENT = {
@@ -59,6 +59,30 @@ CONTENT = {
             'case': 'part',
             'samples': [0.3, 0.4]
         }
+    }, {
+        'stats': {
+            'median': 0.2
+        },
+        'extra_info': {
+            'subject': 'batches',
+            'case': 256,
+            'tokens': 32,
+            # JSON has no other keys.
+            'samples_per_second': {
+                'one by one': {
+                    '1': 1.0,
+                    '16': 1.0
+                },
+                'swift_patch': {
+                    '1': 1.0,
+                    '16': 9.5
+                }
+            },
+            'composing': {
+                '1': 0.002,
+                '16': 0.01
+            }
+        }
     }]
 }
 
@@ -85,9 +109,20 @@ an update, over a copy:
 
 | seconds of sample, `refill` alone | 1 | 2 |
 | --- | ---: | ---: |
-| part | 0.3 | 0.4 |'''
+| part | 0.3 | 0.4 |
+
+| samples/s, hidden 256, batches of | 1 | 16 |
+| --- | ---: | ---: |
+| one by one | 1.00 | 1.00 |
+| swift_patch | 1.00 | 9.50 |
+
+| composing over generating, hidden 256 | 1 | 16 |
+| --- | ---: | ---: |
+| swift_patch | 0.2% | 1.0% |'''
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+def test_the_pictures_are_drawn(tmp_path: Path) -> None:
     draw(samples(CONTENT), tmp_path / 'cost.png')
-    assert (tmp_path / 'cost.png').read_bytes().startswith(b'\x89PNG')
+    draw_batches(batches(CONTENT), tmp_path / 'batches.png')
+    for name in ('cost.png', 'batches.png'):
+        assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
