@@ -188,7 +188,7 @@ def test_a_batch_for_which_memory_does_not_suffice_is_halved(engine, config, cap
 
 def test_what_cannot_be_batched_is_answered_one_by_one_and_that_is_said_once(engine, config, caplog):
     expected = alone(engine, config)
-    from swift_patch.model.rows import RowsVariant
+    from swift_patch.model.variant import RowsVariant
     forward = RowsVariant.forward
 
     def in_one_heap(self, module, active_adapter, x, result, **kwargs):
@@ -309,7 +309,7 @@ def test_a_stream_that_fails_ends_with_its_error_and_no_other(engine, config):
 def test_streams_that_cannot_be_batched_come_one_by_one(engine, config):
     expected = alone(engine, config)
     config.stream = True
-    from swift_patch.model.rows import RowsVariant
+    from swift_patch.model.variant import RowsVariant
     forward = RowsVariant.forward
 
     def in_one_heap(self, module, active_adapter, x, result, **kwargs):

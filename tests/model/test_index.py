@@ -179,6 +179,8 @@ def used(build):
     composer.compose(['l0', 'l1'])
     composer.reserve(max_sources=4)
     composer.compose(['l2', 'l3', 'l1'])
+    composer.compose_batch([['l0'], ['l1', 'l2'], None])
+    composer.compose(['l1', 'l2'])
     add(model, name='another')
     update(model, name='another')
     activate(model, 'fused')

@@ -430,7 +430,7 @@ def test_layers_of_another_kind_are_refused_before_anything_changes(model):
     composer = FusionComposer(model)
     composer.compose(['l0'])
     before = state(model)
-    with mock.patch.object(rows_module, '_reads_variants', lambda layer_class: False):
+    with mock.patch.object(rows_module, 'reads_variants', lambda layer_class: False):
         with pytest.raises(RowsError, match=r"Layer '[\w.]*q_proj' .* found a Linear"):
             composer.compose_batch(SAMPLES)
     assert_same_state(state(model), before)
@@ -444,9 +444,9 @@ def test_a_layer_class_that_asks_for_no_variant_is_told():
         def forward(self, x):
             return self.base_layer(x) + self.lora_B['a'](self.lora_A['a'](x))
 
-    assert not rows_module._reads_variants(Other)
+    assert not rows_module.reads_variants(Other)
     for layer in layers(peft_model(loras(cls=LoraConfig))).values():
-        assert rows_module._reads_variants(type(layer))
+        assert rows_module.reads_variants(type(layer))
 
 
 def test_rows_of_an_adapter_with_a_magnitude_are_refused():
