@@ -146,8 +146,9 @@ class Gate:
             if of_subject:
                 console.print(_table(name, subject, of_subject))
         missed = [f'{name}, {case}' for (name, case), outcome in outcomes.items() if not outcome.holds]
-        console.print(f'{len(missed)} of {len(outcomes)} bounds do not hold: {"; ".join(missed)}.'
-                      if missed else f'All of {len(outcomes)} bounds hold.')
+        bounds = sum(math.isfinite(outcome.bound) for outcome in outcomes.values())
+        console.print(f'{len(missed)} of {bounds} bounds do not hold: {"; ".join(missed)}.'
+                      if missed else f'All of {bounds} bounds hold.')
         terminalreporter.write(console.file.getvalue())
 
     def _unmeasured(self) -> bool:
