@@ -107,6 +107,24 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
                 raise response
         return found
 
+    def reserve(self, adapters: Optional[Sequence[str]] = None, max_sources: Optional[int] = None) -> None:
+        """Makes room for any batch of `max_batch_size` requests, which is halved where memory does not suffice.
+
+        Args:
+            adapters: See `FusionComposer.reserve`.
+            max_sources: See `FusionComposer.reserve`.
+
+        Raises:
+            ValueError: See `FusionComposer.reserve`.
+        """
+        while True:
+            try:
+                return self.composer.reserve(adapters, max_sources, self.max_batch_size)
+            except Exception as e:
+                if self.max_batch_size == 1 or not is_out_of_memory(e):
+                    raise
+            self._halve(self.max_batch_size)
+
     async def infer_async(self,
                           infer_request: Any,
                           request_config: Any = None,
@@ -237,15 +255,19 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         if len(batch) == 1:
             return error
         if is_out_of_memory(error):
-            self.max_batch_size = max(len(batch) // 2, 1)
-            logger.warning(f'Memory does not suffice for a batch of {len(batch)}: batches have {self.max_batch_size} '
-                           'requests at most from now on.')
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self._halve(len(batch))
         elif isinstance(error, RowsError) and not self._has_told_of_rows:
             self._has_told_of_rows = True
             logger.warning(f'Requests with different compositions are answered one by one, for {error}')
         return error
+
+    def _halve(self, size: int) -> None:
+        """Makes batches half as large as one that memory does not suffice for."""
+        self.max_batch_size = size // 2
+        logger.warning(f'Memory does not suffice for a batch of {size}: batches have {self.max_batch_size} requests at '
+                       'most from now on.')
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _parts(self, batch: List[ComposedRequest], error: BaseException) -> Iterable[List[ComposedRequest]]:
         """Yields the parts that a batch is answered in after an error."""

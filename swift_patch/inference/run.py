@@ -102,16 +102,15 @@ class _Generator:
         self.engine = FusionEngine(
             model,
             template,
-            max_batch_size=config.max_batch_size,
+            max_batch_size=min(config.max_batch_size, len(samples)),
             merge_method=config.merge_method,
             **config.composer_args)
         # Errors take the places of responses, so that the other samples of a batch are answered.
         self.engine.strict = False
         # From all samples, so that a resumed run computes with the same shapes.
         used = {name for sample in samples for name in sample.adapters}
-        self.engine.composer.reserve([alias for name, alias in self.aliases.items() if name in used],
-                                     max_sources=max(len(sample.adapters) for sample in samples),
-                                     max_rows=min(config.max_batch_size, len(samples)))
+        self.engine.reserve([alias for name, alias in self.aliases.items() if name in used],
+                            max_sources=max(len(sample.adapters) for sample in samples))
         self.request_config = args.get_request_config()
 
     def answer(self, batch: Sequence[int], samples: Sequence[Sample], requests: 'Sequence[InferRequest]') -> List[Any]:

@@ -12,6 +12,7 @@ from unittest import mock
 from swift_patch import FusionEngine
 from swift_patch.inference.checkpoints import find_checkpoints
 from swift_patch.inference.engine import load_model
+from swift_patch.model.rows import Rows
 from swift_patch.ms_swift import (BaseArguments, InferRequest, TransformersEngine, get_engine, get_template,
                                   prepare_model_template)
 from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
@@ -184,6 +185,22 @@ def test_a_batch_for_which_memory_does_not_suffice_is_halved(engine, config, cap
     assert list(map(content, found)) == expected
     assert max(sizes[1:]) < 5 and engine.max_batch_size == 1
     assert 'Memory does not suffice for a batch of 5' in caplog.text
+
+
+def test_rows_that_memory_does_not_suffice_for_are_halved(engine, caplog):
+    made, init = [], Rows.__init__
+
+    def limited(self, target, capacity):
+        made.append(capacity)
+        if capacity > 20:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        init(self, target, capacity)
+
+    engine.max_batch_size = 70
+    with mock.patch.object(Rows, '__init__', limited), caplog.at_level(logging.WARNING, 'swift_patch'):
+        engine.reserve(max_sources=2)
+    assert made == [70, 35, 17] and engine.max_batch_size == 17
+    assert 'Memory does not suffice for a batch of 35' in caplog.text
 
 
 def test_what_cannot_be_batched_is_answered_one_by_one_and_that_is_said_once(engine, config, caplog):
