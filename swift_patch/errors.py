@@ -28,9 +28,11 @@ def short_repr(value: Any) -> str:
 
 
 @contextmanager
-def errors_of_sample(number: int) -> Iterator[None]:
-    """Within it, a ValueError or TypeError says which sample of a batch it is about."""
+def errors_of_sample(number: int, count: int) -> Iterator[None]:
+    """Within it, a ValueError or TypeError says which of `count` samples it is about, where there are several."""
     try:
         yield
     except (TypeError, ValueError) as e:
+        if count == 1:
+            raise
         raise type(e)(f'Sample {number}: {e}') from e

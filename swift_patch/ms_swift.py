@@ -16,14 +16,16 @@ else:  # ms-swift 3: all in one module, where some are called otherwise
     from swift.llm import prepare_model_template
 
 __all__ = [
-    'TEMPLATE_MODE', 'TUNER_OPTION', 'AdapterRequest', 'BaseArguments', 'InferRequest', 'SftArguments',
-    'TransformersEngine', 'get_engine', 'get_template', 'load_base', 'sft_main'
+    'BATCHES_STREAMS', 'TEMPLATE_MODE', 'TUNER_OPTION', 'AdapterRequest', 'BaseArguments', 'InferRequest',
+    'SftArguments', 'TransformersEngine', 'get_engine', 'get_template', 'load_base', 'sft_main'
 ]
 
 # ms-swift 3 said `train_type`.
 TUNER_OPTION = 'tuner_type' if hasattr(BaseArguments, 'tuner_type') else 'train_type'
 # What a template is told it encodes for: ms-swift 3 called transformers `pt`, after PyTorch.
 TEMPLATE_MODE = 'transformers' if TransformersEngine.__name__ == 'TransformersEngine' else 'pt'
+# ms-swift 3 ends the streams of a batch where one of them has nothing to say.
+BATCHES_STREAMS = TransformersEngine.__name__ == 'TransformersEngine'
 
 
 def load_base(args: BaseArguments) -> Any:

@@ -3,8 +3,7 @@ import math
 import threading
 import torch
 import weakref
-from contextlib import contextmanager, nullcontext
-from numbers import Integral
+from contextlib import contextmanager
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import nn
@@ -13,6 +12,7 @@ from typing import Any, Iterable, Iterator, List, Literal, Mapping, Optional, Se
 from ..errors import errors_of_sample, short_repr
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.composition import Composition, check_names
+from ..lora.numbers import check_positive, checked_seeds
 from ..model.adapters import Adapters
 from ..model.checks import check_new_name, check_source
 from ..model.layers import parameters_of
@@ -32,12 +32,13 @@ class _ModelLock:
 
     Attributes:
         lock: the lock.
-        held: what a `fused` block holds now: the fused adapter and its compositions. Only its thread can see it.
+        held: what a `fused` block holds now: the fused adapter, its compositions, their seeds. Its thread alone can see
+            it.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.held: Optional[Tuple[str, List[Composition]]] = None
+        self.held: Optional[Tuple[str, List[Composition], Optional[List[int]]]] = None
 
 
 class FusionComposer:
@@ -142,8 +143,8 @@ class FusionComposer:
         Args:
             samples: For each row what `compose` takes: names, a mapping from names to weights, or a pair of names and
                 weights. None for the base model alone.
-            seeds: For each row, what torch's random numbers begin with, for types that draw some. By default they go on
-                from row to row.
+            seeds: For each row an integer from 0 to 2**63 - 1, with which torch's random numbers begin, for types that
+                draw some. By default they go on from row to row.
 
         Returns:
             The name of the fused adapter.
@@ -154,8 +155,10 @@ class FusionComposer:
                 is merged into the base weights. The model is as it was.
             RuntimeError: See `compose`.
         """
+        compositions = Composition.of_batch(samples, self._options)
+        seeds = checked_seeds(seeds, len(compositions))
         with self._model_lock.lock:
-            self._compose(Composition.of_batch(samples, self._options), seeds)
+            self._compose(compositions, seeds)
         return self.adapter_name
 
     @contextmanager
@@ -191,7 +194,8 @@ class FusionComposer:
         Raises:
             RuntimeError: See `fused`. For the rest see `compose_batch`.
         """
-        with self._held(Composition.of_batch(samples, self._options), seeds):
+        compositions = Composition.of_batch(samples, self._options)
+        with self._held(compositions, checked_seeds(seeds, len(compositions))):
             yield self.adapter_name
 
     def activate(self) -> None:
@@ -225,9 +229,8 @@ class FusionComposer:
                 it was.
         """
         for argument, value in (('max_sources', max_sources), ('max_rows', max_rows)):
-            is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-            if value is not None and not (is_integer and value > 0):
-                raise ValueError(f'{argument} is expected to be a positive integer or None, found {short_repr(value)}.')
+            if value is not None:
+                check_positive(argument, value)
         names = None if adapters is None else check_names(adapters)
         with self._model_lock.lock, Undo() as undo:
             found = Adapters.of(self._tuner)
@@ -244,23 +247,23 @@ class FusionComposer:
             undo.commit()
 
     @contextmanager
-    def _held(self, compositions: List[Composition], seeds: Optional[Sequence[int]] = None) -> Iterator[None]:
+    def _held(self, compositions: List[Composition], seeds: Optional[List[int]] = None) -> Iterator[None]:
         """Composes, and holds the lock and what was composed for the time of the `with` block."""
         with self._model_lock.lock:
             self._compose(compositions, seeds)
             before = self._model_lock.held
-            self._model_lock.held = (self.adapter_name, compositions)
+            self._model_lock.held = (self.adapter_name, compositions, seeds)
             try:
                 yield
             finally:
                 self._model_lock.held = before
 
-    def _compose(self, compositions: List[Composition], seeds: Optional[Sequence[int]] = None) -> None:
+    def _compose(self, compositions: List[Composition], seeds: Optional[List[int]] = None) -> None:
         """Fills the fused adapter, or its rows where there are several, and activates it. The lock is held."""
         _check_applied()
         adapters = Adapters.of(self._tuner)
         held = self._model_lock.held
-        if held is not None and held != (self.adapter_name, compositions):
+        if held is not None and held != (self.adapter_name, compositions, seeds):
             raise RuntimeError(
                 f'A `fused` block of this thread is expected to keep {_told(held[1])} in adapter {held[0]!r}, found '
                 f'that {_told(compositions)} shall be composed: do that after that block.')
@@ -319,7 +322,7 @@ class FusionComposer:
             return compositions
         found = []
         for number, composition in enumerate(compositions):
-            with nullcontext() if len(compositions) == 1 else errors_of_sample(number):
+            with errors_of_sample(number, len(compositions)):
                 found.append(composition if composition.is_base else self._exact(composition, adapters))
         return found
 

@@ -1,14 +1,16 @@
 """ms-swift's own engine, in which every request of a batch has its own composition of adapters."""
 import logging
+import threading
 import time
 import torch
 from contextlib import contextmanager
+from copy import copy
 from itertools import repeat
 from typing import Any, AsyncIterator, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 from ..errors import RowsError, short_repr
-from ..lora.numbers import derived_seed
-from ..ms_swift import InferRequest, TransformersEngine, get_engine
+from ..lora.numbers import check_positive, checked_seeds, derived_seed
+from ..ms_swift import BATCHES_STREAMS, InferRequest, TransformersEngine, get_engine
 from .composer import FusionComposer, Sample
 
 logger = logging.getLogger(__name__)
@@ -54,17 +56,18 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
     """
 
     def __init__(self, model: torch.nn.Module, template: Any, *, max_batch_size: int = 16, **composer_args: Any):
-        if max_batch_size < 1:
-            raise ValueError('max_batch_size is expected to be a positive integer, found '
-                             f'{short_repr(max_batch_size)}.')
+        check_positive('max_batch_size', max_batch_size)
         self.composer = FusionComposer(model, **composer_args)
+        # A copy, for what generates is replaced in it; the user's stays as it is, also where it is another engine's.
+        template = copy(template)
+        vars(template).pop('generate', None)
         # The constructors of ms-swift 3 and 4 differ; what they make does not.
         self.__dict__.update(get_engine(model, template, max_batch_size=max_batch_size).__dict__)
+        self.template = template
         self.seconds_composing = self.seconds_generating = 0.
         self._waiting: List[Any] = []
         self._has_told_of_rows = False
-        # Stock waits for ever where a stream fails: its tokens come from a thread whose errors nobody sees.
-        self._stream_error: Optional[BaseException] = None
+        self._stream = _Stream()
         self._generate, template.generate = template.generate, self._generate_guarded
 
     def infer(self,
@@ -97,10 +100,8 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         if len(compositions) != count:
             raise ValueError(f'compositions is expected to have one for each of {count} requests, found '
                              f'{len(compositions)}.')
-        wrapped = [
-            ComposedRequest(request, composition, seed)
-            for request, composition, seed in zip(infer_requests, compositions, seeds or repeat(None))
-        ]
+        every_seed = checked_seeds(seeds, count) or repeat(None)
+        wrapped = [ComposedRequest(*each) for each in zip(infer_requests, compositions, every_seed)]
         found: List[Any] = super().infer(wrapped, request_config, metrics, **kwargs)
         for response in found:
             if isinstance(response, Exception) and getattr(self, 'strict', True):
@@ -152,6 +153,17 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
             raise response
         return _checked(response) if hasattr(response, '__aiter__') else response
 
+    def _get_adapter_names(self, adapter_request: Any) -> None:
+        """Returns None, for PEFT's `adapter_names` have no part in this. Raises ValueError where one is asked for."""
+        if adapter_request is not None:
+            raise ValueError(
+                f'adapter_request is expected to be left out, found {short_repr(adapter_request)}: load the '
+                'adapter into the model, and name it in a composition.')
+
+    def _batch_encode(self, *args: Any, strict: bool = True, **kwargs: Any) -> Any:
+        # Where stock leaves a request out of a batch, the others would get each other's rows.
+        return super()._batch_encode(*args, strict=True, **kwargs)
+
     def _fetch_infer_requests(self) -> Any:
         """Returns the oldest request that waits, with others of the same settings, in the order in which they came."""
         while not self._queue.empty():
@@ -159,10 +171,11 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         if not self._waiting:
             return None
         settings = self._waiting[0][1]
+        size = 1 if settings['request_config'].stream and not BATCHES_STREAMS else self.max_batch_size
         batch: List[Any] = []
         rest: List[Any] = []
         for item in self._waiting:
-            (batch if len(batch) < self.max_batch_size and item[1] == settings else rest).append(item)
+            (batch if len(batch) < size and item[1] == settings else rest).append(item)
         self._waiting = rest
         clients = [(queue, _Client(loop)) for _, _, (queue, loop) in batch]
         return {**settings, 'infer_requests': [request for request, _, _ in batch]}, clients
@@ -191,20 +204,20 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
     def _streamed(self, batch: List[ComposedRequest], request_config: Any, kwargs: Dict[str,
                                                                                         Any]) -> Iterator[List[Any]]:
         has_begun = False
+        stream = self._stream = _Stream()
         try:
-            with self._composed(batch):
-                self._stream_error = None
+            with self._composed(batch), stream.until_its_end():
                 for chunks in super()._infer([item.request for item in batch], request_config, **kwargs):
-                    if self._stream_error is not None:
+                    if stream.error is not None:
                         break
                     has_begun = True
                     yield chunks
-                if self._stream_error is not None:
-                    raise self._stream_error
+                if stream.error is not None:
+                    raise stream.error
             return
         except Exception as e:
             # What stock makes of a stream without tokens says nothing.
-            error = self._told(e if self._stream_error is None else self._stream_error, batch)
+            error = self._told(e if stream.error is None else stream.error, batch)
             error.__traceback__ = None
         if has_begun or len(batch) == 1:
             yield [error] * len(batch)
@@ -216,17 +229,12 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
             begin += len(part)
 
     def _generate_guarded(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            if 'streamer' in kwargs:
-                # In a thread of its own, and ms-swift may activate by thread.
-                self.composer.activate()
+        if kwargs.get('streamer') is None:
             return self._generate(*args, **kwargs)
-        except Exception as e:
-            streamer = kwargs.get('streamer')
-            if streamer is None:
-                raise
-            self._stream_error = e
-            streamer.end()
+        with self._stream.guarded(kwargs['streamer']):
+            # In a thread of its own, and ms-swift may activate by thread.
+            self.composer.activate()
+            return self._generate(*args, **kwargs)
 
     @contextmanager
     def _composed(self, batch: List[ComposedRequest]) -> Iterator[None]:
@@ -273,6 +281,48 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         """Yields the parts that a batch is answered in after an error."""
         size = 1 if isinstance(error, RowsError) else -(-len(batch) // 2)
         return (batch[begin:begin + size] for begin in range(0, len(batch), size))
+
+
+class _Stream:
+    """One batch of streams, whose tokens come from a thread of their own.
+
+    Stock waits for ever where that thread fails, and does not wait for it where nobody reads on.
+
+    Attributes:
+        error: what went wrong in the thread.
+    """
+
+    def __init__(self) -> None:
+        self.error: Optional[BaseException] = None
+        self._is_abandoned = False
+        self._thread: Optional[threading.Thread] = None
+
+    @contextmanager
+    def guarded(self, streamer: Any) -> Iterator[None]:
+        """Within it, the thread generates: it ends where nobody reads on, and an error ends what `streamer` gives."""
+        self._thread, put = threading.current_thread(), streamer.put
+
+        def put_unless_abandoned(value: Any) -> None:
+            if self._is_abandoned:
+                raise RuntimeError('Nobody reads on.')
+            put(value)
+
+        streamer.put = put_unless_abandoned
+        try:
+            yield
+        except Exception as e:
+            self.error = e
+            streamer.end()
+
+    @contextmanager
+    def until_its_end(self) -> Iterator[None]:
+        """Waits at the end of the `with` block for the thread, which computes with the rows that were composed."""
+        try:
+            yield
+        finally:
+            self._is_abandoned = True
+            if self._thread is not None:
+                self._thread.join()
 
 
 class _Client:

@@ -80,13 +80,14 @@ class Composition:
         if isinstance(samples, Mapping):
             raise TypeError(f'samples is expected to be a list with the adapters of each sample, found one sample '
                             f'{short_repr(samples)}: put it into a list.')
-        for number, sample in enumerate(_listed('samples', 'a list with the adapters of each sample', samples)):
+        every = _listed('samples', 'a list with the adapters of each sample', samples)
+        for number, sample in enumerate(every):
             is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and not isinstance(sample[0], str)
             adapters, weights = sample if is_pair else (sample, None)
             if adapters is None and weights is None:
                 found.append(cls((), (), options, COMBINATION_TYPES['linear']))
                 continue
-            with errors_of_sample(number):
+            with errors_of_sample(number, len(every)):
                 found.append(cls.of_sample(adapters, weights, options))
         if not found:
             raise ValueError('samples is expected to hold at least one sample, found none.')

@@ -3,8 +3,10 @@ import ctypes
 import hashlib
 import json
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, List, Optional
+
+from ..errors import short_repr
 
 
 def as_number(value: Any) -> Optional[float]:
@@ -33,6 +35,33 @@ def is_finite_weight(value: float) -> bool:
 def equal_weights(count: int) -> List[float]:
     """Returns the weights of `count` sources that are given none: 1/k each (LoraRetriever, arXiv:2402.09997, §4.2)."""
     return [1 / count] * count
+
+
+def check_positive(argument: str, value: Any) -> None:
+    """Raises ValueError where an argument is not a positive integer."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{argument} is expected to be a positive integer, found {short_repr(value)}.')
+
+
+def checked_seeds(seeds: Any, count: int) -> Optional[List[int]]:
+    """Returns a seed for each of `count` samples as a list, or None for None.
+
+    Raises:
+        TypeError: they are not a list of integers.
+        ValueError: there are not as many, or one is not between 0 and 2**63 - 1.
+    """
+    if seeds is None:
+        return None
+    try:
+        found = list(seeds)
+    except TypeError as e:
+        raise TypeError(f'seeds is expected to be a list of integers, found {short_repr(seeds)}.') from e
+    if not all(isinstance(seed, Integral) and not isinstance(seed, bool) for seed in found):
+        raise TypeError(f'seeds is expected to hold integers, found {short_repr(found)}.')
+    if len(found) != count or not all(0 <= seed < 2**63 for seed in found):
+        raise ValueError(f'seeds is expected to hold an integer from 0 to 2**63 - 1 for each of {count} samples, found '
+                         f'{len(found)}: {short_repr(found)}.')
+    return [int(seed) for seed in found]
 
 
 def derived_seed(*parts: Any) -> int:

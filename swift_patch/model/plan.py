@@ -133,7 +133,7 @@ def plan_rows(adapters: Adapters, compositions: Sequence[Composition]) -> List[O
         if composition.is_base:
             plans.append(None)
             continue
-        with errors_of_sample(number):
+        with errors_of_sample(number, len(compositions)):
             for source in composition.sources:
                 if source not in kinds:
                     check_source(source, adapters)

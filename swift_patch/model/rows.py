@@ -22,6 +22,9 @@ from .variant import RowsVariant, reads_variants
 # What the parts of a model for other things than text are called, in its config and among its modules.
 _OF_OTHERS = re.compile('vision|visual|image|video|audio|speech')
 
+# Models (of their authors' own code) whose layers get (sequence, batch, features).
+_SEQUENCE_FIRST = ('chatglm', 'codegeex4')
+
 # Where a tensor of a row is: the dtype and the device of the memory, the offset in it, the shape.
 _Place = Tuple[torch.dtype, torch.device, int, torch.Size]
 
@@ -120,8 +123,6 @@ def rows_for(adapters: Adapters, name: str, count: int, undo: ExitStack) -> Rows
     memory = adapters.record(name).memory
     if memory.rows is None or not memory.rows.fits(target, count):
         undo.callback(setattr, memory, 'rows', memory.rows)
-        # The old memory goes first.
-        memory.rows = None
         memory.rows = Rows(target, count)
     return memory.rows
 
@@ -135,6 +136,14 @@ def check_rows(adapters: Adapters, name: str, missing: Iterable[str]) -> None:
         missing: the layers that it will have besides.
     """
     layers, found = dict(adapters.layers), adapters.factors(name)
+    model_type = getattr(getattr(adapters.model, 'config', None), 'model_type', None)
+    if model_type in _SEQUENCE_FIRST:
+        raise RowsError(
+            f'The model is expected to put the rows of a batch in front in its layers, found {model_type!r}, '
+            'which puts the sequence there: compose the samples one by one.')
+    if all(name in layer.lora_embedding_A for layer in found.layers) and not missing:
+        raise RowsError(f'Adapter {name!r} is expected to be in some layer that is no embedding to have a fusion for '
+                        'each row of a batch, found embeddings alone: compose the samples one by one.')
     for layer_name, layer in (*zip(found.layout.names, found.layers), *((each, layers[each]) for each in missing)):
         if not reads_variants(type(layer)):  # type: ignore[arg-type]  # mypy takes a class for no key
             raise RowsError(f'Layer {layer_name!r} is expected to be of a class that can have a fusion for each row of '
@@ -178,8 +187,8 @@ def conceal(adapters: Adapters, name: str, undo: ExitStack) -> None:
 
 def has_rows(adapters: Adapters, name: str) -> bool:
     """Returns whether there is a fusion for each row in an adapter now."""
-    # All of its layers have one, or none.
-    return any(isinstance(layer.lora_variant.get(name), RowsVariant) for layer in adapters.factors(name).layers[:1])
+    variants = [layer.lora_variant.get(name) for layer in adapters.factors(name).layers]
+    return any(isinstance(variant, RowsVariant) for variant in variants if variant is not None)
 
 
 class _RowLayout:

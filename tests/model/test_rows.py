@@ -449,6 +449,16 @@ def test_a_layer_class_that_asks_for_no_variant_is_told():
         assert rows_module.reads_variants(type(layer))
 
 
+def test_models_that_put_the_sequence_first_and_embeddings_alone_are_refused(model):
+    composer = FusionComposer(model)
+    with mock.patch.object(type(model.config), 'model_type', 'chatglm'):
+        with pytest.raises(RowsError, match="found 'chatglm', which puts the sequence there"):
+            composer.compose_batch(SAMPLES)
+    model = wrapped('peft', AllKinds(), ['embedding'])
+    with pytest.raises(RowsError, match='found embeddings alone'):
+        FusionComposer(model).compose_batch(SAMPLES)
+
+
 def test_rows_of_an_adapter_with_a_magnitude_are_refused():
     model = peft_model(loras(cls=LoraConfig, use_dora=True))
     composer = FusionComposer(model)
@@ -491,6 +501,16 @@ def test_a_wrong_sample_is_told_by_its_number_and_nothing_changes(model, wrong, 
 def test_what_is_no_batch_is_refused(model, samples):
     with pytest.raises((ValueError, TypeError), match='samples is expected'):
         FusionComposer(model).compose_batch(samples)
+
+
+@pytest.mark.parametrize('seeds', [[1], [1, 2, 3], [1, 0.5], [1, -1], [1, 2**63], 7])
+def test_wrong_seeds_are_refused_and_the_rows_stay(model, seeds):
+    composer = FusionComposer(model, combination_type='dare_linear', density=0.5)
+    composer.compose_batch(SAMPLES[:2])
+    expected = logits(model, ids(2))
+    with pytest.raises((TypeError, ValueError), match='seeds is expected to'):
+        composer.compose_batch(SAMPLES[1:3], seeds)
+    assert torch.equal(logits(model, ids(2)), expected)
 
 
 @pytest.mark.parametrize('after', ['nothing', 'one sample', 'a batch'])
