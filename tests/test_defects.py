@@ -94,9 +94,8 @@ DEFECTS = [
         if True:
             self._compose(compositions, seeds)
             before""", ('compose/test_composer.py', 'another_threads_compose_waits')),
-    Defect('composers of one model have a lock each', 'compose/composer.py',
-           '_locks.setdefault(found.model, _ModelLock())', '_ModelLock()',
-           ('compose/test_composer.py', 'another_threads_compose_waits')),
+    Defect('composers of one model have a lock each', 'compose/locks.py', '_locks.setdefault(model, ModelLock())',
+           'ModelLock()', ('compose/test_composer.py', 'another_threads_compose_waits')),
     Defect('which adapters are active is asked per model instead of per thread', 'model/activation.py',
            'states = layer._thread_inf.get(thread, {})', 'states = next(iter(layer._thread_inf.values()), {})',
            ('model/test_activation.py', 'threads_keep_their_own or new_thread_starts')),

@@ -1,15 +1,11 @@
 """Selection, fusion and mixture of LoRAs, one sample after another (LoraRetriever, arXiv:2402.09997, §4.2)."""
-import math
-import threading
 import torch
-import weakref
 from contextlib import contextmanager
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from torch import nn
 from typing import Any, Iterable, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple, Union
 
-from ..errors import errors_of_sample, short_repr
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.composition import Composition, check_names
 from ..lora.numbers import check_positive, checked_seeds
@@ -18,27 +14,11 @@ from ..model.checks import check_new_name, check_source
 from ..model.layers import parameters_of
 from ..model.refill import add, make_room, refill, refill_rows
 from ..model.undo import Undo
+from .locks import lock_of
+from .policy import exact, loras_of, some_source, told
 
 # What a sample of a batch names: adapters, adapters with weights, or a pair of adapters and weights.
 Sample = Union[Sequence[str], Mapping[str, float], Tuple[Sequence[str], Optional[Sequence[float]]]]
-
-# One lock per model, not per composer: all composers of a model switch the same layers. It dies with the model.
-_locks: 'weakref.WeakKeyDictionary[nn.Module, _ModelLock]' = weakref.WeakKeyDictionary()
-_locks_guard = threading.Lock()
-
-
-class _ModelLock:
-    """Held while a model's layers are switched or a fused adapter is used.
-
-    Attributes:
-        lock: the lock.
-        held: what a `fused` block holds now: the fused adapter, its compositions, their seeds. Its thread alone can see
-            it.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.held: Optional[Tuple[str, List[Composition], Optional[List[int]]]] = None
 
 
 class FusionComposer:
@@ -103,10 +83,8 @@ class FusionComposer:
             found.record(adapter_name)
         else:
             check_new_name(adapter_name)
-        with _locks_guard:
-            self._model_lock = _locks.setdefault(found.model, _ModelLock())
-        # Mixture and selection are defined by the delta. PEFT's types give it √r times too much for sources with
-        # rsLoRA, which is kept where a type is asked for by name.
+        self._model_lock = lock_of(found.model)
+        # Mixture and selection are defined by the delta.
         self._is_exact = combination_type is None and merge_method != 'fusion'
 
     def compose(self,
@@ -235,7 +213,7 @@ class FusionComposer:
         with self._model_lock.lock, Undo() as undo:
             found = Adapters.of(self._tuner)
             if names is None:
-                names = _loras_of(found)
+                names = loras_of(found)
             for name in names:
                 check_source(name, found)
             rank = COMBINATION_TYPES[self._options.combination_type].largest_rank([found.rank(name) for name in names],
@@ -265,8 +243,8 @@ class FusionComposer:
         held = self._model_lock.held
         if held is not None and held != (self.adapter_name, compositions, seeds):
             raise RuntimeError(
-                f'A `fused` block of this thread is expected to keep {_told(held[1])} in adapter {held[0]!r}, found '
-                f'that {_told(compositions)} shall be composed: do that after that block.')
+                f'A `fused` block of this thread is expected to keep {told(held[1])} in adapter {held[0]!r}, found '
+                f'that {told(compositions)} shall be composed: do that after that block.')
         if adapters.merged:
             name, layer = adapters.merged[0]
             raise ValueError(
@@ -275,7 +253,8 @@ class FusionComposer:
         with Undo() as undo:
             # What is held is in the adapter, where random masks drawn anew would replace it.
             if held is None:
-                compositions = self._resolved(compositions, adapters)
+                if self._is_exact:
+                    compositions = exact(compositions, adapters, is_selection=self.merge_method == 'selection')
                 adapters = self._filled(adapters, compositions, seeds, undo)
             self._activate(adapters)
             undo.commit()
@@ -294,7 +273,7 @@ class FusionComposer:
             add(adapters, first, name, undo)
             return Adapters.of(self._tuner)
         else:
-            adapters = self._added(adapters, self._some_source(adapters, compositions), undo)
+            adapters = self._added(adapters, some_source(adapters, compositions), undo)
         if is_plain:
             if seeds is not None:
                 torch.manual_seed(seeds[0])
@@ -303,39 +282,10 @@ class FusionComposer:
             refill_rows(adapters, compositions, name, undo, seeds)
         return adapters
 
-    @staticmethod
-    def _some_source(adapters: Adapters, compositions: List[Composition]) -> str:
-        """Returns an adapter to make the fused one like: one that is composed or, for the base model alone, any."""
-        for composition in compositions:
-            if not composition.is_base:
-                return composition.sources[0]
-        return _loras_of(adapters)[0]
-
     def _added(self, adapters: Adapters, source: str, undo: Undo) -> Adapters:
         """Makes a fused adapter of zeros, like a source, and returns the adapters as they are then."""
         add(adapters, Composition.of([source], [0.0], self._options), self.adapter_name, undo)
         return Adapters.of(self._tuner)
-
-    def _resolved(self, compositions: List[Composition], adapters: Adapters) -> List[Composition]:
-        """Returns what is merged in the end: the heaviest source alone, weights that make up for rsLoRA."""
-        if not self._is_exact:
-            return compositions
-        found = []
-        for number, composition in enumerate(compositions):
-            with errors_of_sample(number, len(compositions)):
-                found.append(composition if composition.is_base else self._exact(composition, adapters))
-        return found
-
-    def _exact(self, composition: Composition, adapters: Adapters) -> Composition:
-        # Those that `selection` leaves out are not merged, so that nothing else would see that they do not exist.
-        for name in composition.sources:
-            check_source(name, adapters)
-        if self.merge_method == 'selection':
-            composition = composition.selected()
-        if adapters.config(composition.sources[0]).use_rslora:
-            rank = sum(map(adapters.config_rank, composition.sources))
-            composition = composition.weighted(1 / math.sqrt(rank))
-        return composition
 
     def _activate(self, adapters: Adapters) -> None:
         name = self.adapter_name
@@ -352,21 +302,6 @@ class FusionComposer:
             for _, layer in adapters.layers:
                 for parameter in parameters_of(layer, name):
                     parameter.requires_grad_(False)
-
-
-def _loras_of(adapters: Adapters) -> List[str]:
-    """Returns the LoRAs that are loaded, the fused ones aside. Raises ValueError where there are none."""
-    return check_names([
-        name for name, config in adapters.configs.items()
-        if isinstance(config, LoraConfig) and not adapters.is_fused(name)
-    ])
-
-
-def _told(compositions: List[Composition]) -> str:
-    """Returns what an error says of compositions."""
-    if len(compositions) == 1:
-        return short_repr(list(compositions[0].sources))
-    return f'{len(compositions)} rows, {short_repr([list(composition.sources) for composition in compositions])},'
 
 
 def _check_applied() -> None:

@@ -1,17 +1,17 @@
 """ms-swift's own engine, in which every request of a batch has its own composition of adapters."""
 import logging
-import threading
 import time
 import torch
 from contextlib import contextmanager
 from copy import copy
 from itertools import repeat
-from typing import Any, AsyncIterator, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 from ..errors import RowsError, short_repr
 from ..lora.numbers import check_positive, checked_seeds, derived_seed
 from ..ms_swift import BATCHES_STREAMS, InferRequest, TransformersEngine, get_engine
 from .composer import FusionComposer, Sample
+from .streams import Client, Stream, checked
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         self.seconds_composing = self.seconds_generating = 0.
         self._waiting: List[Any] = []
         self._has_told_of_rows = False
-        self._stream = _Stream()
+        self._stream = Stream()
         self._generate, template.generate = template.generate, self._generate_guarded
 
     def infer(self,
@@ -151,7 +151,7 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         response = await super().infer_async(infer_request, request_config, **kwargs)
         if isinstance(response, Exception):
             raise response
-        return _checked(response) if hasattr(response, '__aiter__') else response
+        return checked(response) if hasattr(response, '__aiter__') else response
 
     def _get_adapter_names(self, adapter_request: Any) -> None:
         """Returns None, for PEFT's `adapter_names` have no part in this. Raises ValueError where one is asked for."""
@@ -177,7 +177,7 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         for item in self._waiting:
             (batch if len(batch) < size and item[1] == settings else rest).append(item)
         self._waiting = rest
-        clients = [(queue, _Client(loop)) for _, _, (queue, loop) in batch]
+        clients = [(queue, Client(loop)) for _, _, (queue, loop) in batch]
         return {**settings, 'infer_requests': [request for request, _, _ in batch]}, clients
 
     def _infer(self, infer_requests: List[Any], request_config: Any, **kwargs: Any) -> Any:
@@ -204,7 +204,7 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
     def _streamed(self, batch: List[ComposedRequest], request_config: Any, kwargs: Dict[str,
                                                                                         Any]) -> Iterator[List[Any]]:
         has_begun = False
-        stream = self._stream = _Stream()
+        stream = self._stream = Stream()
         try:
             with self._composed(batch), stream.until_its_end():
                 for chunks in super()._infer([item.request for item in batch], request_config, **kwargs):
@@ -281,77 +281,6 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         """Yields the parts that a batch is answered in after an error."""
         size = 1 if isinstance(error, RowsError) else -(-len(batch) // 2)
         return (batch[begin:begin + size] for begin in range(0, len(batch), size))
-
-
-class _Stream:
-    """One batch of streams, whose tokens come from a thread of their own.
-
-    Stock waits for ever where that thread fails, and does not wait for it where nobody reads on.
-
-    Attributes:
-        error: what went wrong in the thread.
-    """
-
-    def __init__(self) -> None:
-        self.error: Optional[BaseException] = None
-        self._is_abandoned = False
-        self._thread: Optional[threading.Thread] = None
-
-    @contextmanager
-    def guarded(self, streamer: Any) -> Iterator[None]:
-        """Within it, the thread generates: it ends where nobody reads on, and an error ends what `streamer` gives."""
-        self._thread, put = threading.current_thread(), streamer.put
-
-        def put_unless_abandoned(value: Any) -> None:
-            if self._is_abandoned:
-                raise RuntimeError('Nobody reads on.')
-            put(value)
-
-        streamer.put = put_unless_abandoned
-        try:
-            yield
-        except Exception as e:
-            self.error = e
-            streamer.end()
-
-    @contextmanager
-    def until_its_end(self) -> Iterator[None]:
-        """Waits at the end of the `with` block for the thread, which computes with the rows that were composed."""
-        try:
-            yield
-        finally:
-            self._is_abandoned = True
-            if self._thread is not None:
-                self._thread.join()
-
-
-class _Client:
-    """An event loop that may be closed by now, with which its client went away: then nothing is delivered.
-
-    Stock's worker would end there, and with it whatever else waits.
-    """
-
-    def __init__(self, loop: Any):
-        self._loop = loop
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loop, name)
-
-    def call_soon_threadsafe(self, callback: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls back in the loop, unless that is closed."""
-        try:
-            return self._loop.call_soon_threadsafe(callback, *args, **kwargs)
-        except RuntimeError:
-            if not self._loop.is_closed():
-                raise
-
-
-async def _checked(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yields chunks, and raises what takes the place of one."""
-    async for chunk in chunks:
-        if isinstance(chunk, Exception):
-            raise chunk
-        yield chunk
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,64 @@
+"""What is merged for what a sample asks for (LoraRetriever, arXiv:2402.09997, §4.2)."""
+import math
+from peft import LoraConfig
+from typing import List, Sequence
+
+from ..errors import errors_of_sample, short_repr
+from ..lora.composition import Composition, check_names
+from ..model.adapters import Adapters
+from ..model.checks import check_source
+
+
+def exact(compositions: Sequence[Composition], adapters: Adapters, is_selection: bool) -> List[Composition]:
+    """Returns the compositions of a mixture or a selection, which are defined by the delta, as they are merged.
+
+    PEFT's types give it √r times too much for sources with rsLoRA, which is kept where a type is asked for by name.
+
+    Args:
+        compositions: what the samples ask for.
+        adapters: the adapters of the model.
+        is_selection: whether the heaviest source alone is merged.
+
+    Raises:
+        ValueError: a source cannot be merged. It says of which sample, where there are several.
+    """
+    found = []
+    for number, composition in enumerate(compositions):
+        with errors_of_sample(number, len(compositions)):
+            found.append(composition if composition.is_base else _exact(composition, adapters, is_selection))
+    return found
+
+
+def _exact(composition: Composition, adapters: Adapters, is_selection: bool) -> Composition:
+    # Those that a selection leaves out are not merged, so that nothing else would see that they do not exist.
+    for name in composition.sources:
+        check_source(name, adapters)
+    if is_selection:
+        composition = composition.selected()
+    if adapters.config(composition.sources[0]).use_rslora:
+        rank = sum(map(adapters.config_rank, composition.sources))
+        composition = composition.weighted(1 / math.sqrt(rank))
+    return composition
+
+
+def some_source(adapters: Adapters, compositions: Sequence[Composition]) -> str:
+    """Returns an adapter to make the fused one like: one that is composed or, for the base model alone, any."""
+    for composition in compositions:
+        if not composition.is_base:
+            return composition.sources[0]
+    return loras_of(adapters)[0]
+
+
+def loras_of(adapters: Adapters) -> List[str]:
+    """Returns the LoRAs that are loaded, the fused ones aside. Raises ValueError where there are none."""
+    return check_names([
+        name for name, config in adapters.configs.items()
+        if isinstance(config, LoraConfig) and not adapters.is_fused(name)
+    ])
+
+
+def told(compositions: Sequence[Composition]) -> str:
+    """Returns what an error says of compositions."""
+    if len(compositions) == 1:
+        return short_repr(list(compositions[0].sources))
+    return f'{len(compositions)} rows, {short_repr([list(composition.sources) for composition in compositions])},'
