@@ -97,7 +97,7 @@ def draw_batches(found: Dict[int, Dict[str, Any]], path: Path) -> None:
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
     figure, every = pyplot.subplots(ncols=len(found), figsize=(9, 4.5), layout='constrained', squeeze=False)
     for axes, (hidden, measured) in zip(every[0], found.items()):
@@ -106,13 +106,12 @@ def draw_batches(found: Dict[int, Dict[str, Any]], path: Path) -> None:
             axes.plot(
                 sizes, list(rates.values()), marker='o', markersize=3, linewidth=1.2, color=_COLORS[way], label=way)
         axes.set_xscale('log', base=2)
-        axes.set_yscale('log')
+        axes.set_yscale('log', base=2)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel='batch size', ylabel='samples per second')
         axes.set_title(f'hidden {hidden}, 24 layers, {measured["tokens"]} new tokens')
-        axes.grid(alpha=0.3, which='both')
+        axes.grid(alpha=0.3)
     handles, labels = every[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
     figure.savefig(path, dpi=150)

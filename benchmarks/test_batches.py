@@ -131,12 +131,15 @@ def test_samples_per_second(benchmark: Any, hidden: int) -> None:
                 continue
             way(ways, prompts[:1], samples[:1])
             way(ways, prompts, samples)
-            start = time.perf_counter()
-            answers[name] = way(ways, prompts, samples)
-            seconds = time.perf_counter() - start
-            found[name][size] = size / seconds
+            seconds = []
+            for _ in range(2):
+                start = time.perf_counter()
+                answers[name] = way(ways, prompts, samples)
+                seconds.append(time.perf_counter() - start)
+            # The other one may have met Python's garbage collector.
+            found[name][size] = size / min(seconds)
             if name == 'swift_patch':
-                composing[size] = ways.seconds_composing / (seconds - ways.seconds_composing)
+                composing[size] = ways.seconds_composing / (seconds[-1] - ways.seconds_composing)
         assert torch.equal(answers['swift_patch'], answers["PEFT's mixed batch"])
     benchmark.extra_info.update(
         subject='batches', case=hidden, tokens=SHAPES[hidden][1], samples_per_second=found, composing=composing)

@@ -52,9 +52,19 @@ class RowsVariant(LoraVariant):  # type: ignore[misc]  # PEFT has no types
         Raises:
             RowsError: it cannot be told which row a value belongs to.
         """
-        A, B = self._rows(module, active_adapter, x)
+        # Past `Module.__getattr__`, for this is called for every layer and token.
+        children = module._modules
+        holder = children['lora_A']._modules.get(active_adapter)
+        A, B = self._rows(module, active_adapter, x, is_embedding=holder is None)
         scaling = module.scaling[active_adapter]
-        if active_adapter in module.lora_embedding_A:
+        if holder is None:
+            like = module.lora_embedding_A[active_adapter]
+        else:
+            like = holder._parameters['weight']
+        if A.dtype != like.dtype or A.device != like.device:
+            # The model was cast or moved since.
+            self.A, self.B = A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
+        if holder is None:
             return _embedding(module, A, B, scaling, x, result)
         if A.ndim > 3:
             return _convolution(module, active_adapter, A, B, scaling, x, result)
@@ -78,20 +88,20 @@ class RowsVariant(LoraVariant):  # type: ignore[misc]  # PEFT has no types
         new.A, new.B = (None if value is None else value.__deepcopy__(memo) for value in (self.A, self.B))
         return new
 
-    def _rows(self, module: LoraLayer, adapter: str, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def _rows(self, module: LoraLayer, adapter: str, x: Tensor, is_embedding: bool) -> Tuple[Tensor, Tensor]:
         """Returns A and B, a row for each of `x`, or for each n adjacent ones where they repeat."""
         A, B = self.A, self.B
         if A is None or B is None:
             raise RowsError(f'Adapter {adapter!r} is expected to hold a fusion for each row of a batch, found none '
                             f'in layer {self.name!r}: they were lost when it grew, or when an error left them half '
                             'written. Compose again.')
-        if module.get_base_layer().training:
+        # A layer that wraps it may be new, and in training mode by itself.
+        if module._modules['base_layer'].training and module.get_base_layer().training:
             raise RowsError(f'Layer {self.name!r} is expected to be in evaluation mode while each row of a batch has '
                             'its own fusion, found training mode: call `model.eval()`, or compose one sample.')
-        if _is_mixed(module):
+        if module._forward_pre_hooks and _is_mixed(module):
             raise RowsError(f'Layer {self.name!r} is expected to get no `adapter_names` while each row of a batch has '
                             'its own fusion: leave them out, or compose one sample.')
-        is_embedding = adapter in module.lora_embedding_A
         if len(A) > 1 and (not self.is_in_text or x.ndim < (2 if is_embedding else 3) or x.shape[0] % len(A)):
             kind = 'tokens of all rows in one heap or another batch' if self.is_in_text else 'another modality'
             raise RowsError(
@@ -99,21 +109,18 @@ class RowsVariant(LoraVariant):  # type: ignore[misc]  # PEFT has no types
                 f'them n times in a row), found {kind}, an input of shape {tuple(x.shape)}: compose a batch of the '
                 "right size, or leave the layer out of the adapters' target modules, or compose the samples one by "
                 'one.')
-        like = module.lora_embedding_A[adapter] if is_embedding else module.lora_A[adapter].weight
-        if A.dtype != like.dtype or A.device != like.device:
-            # The model was cast or moved since.
-            self.A, self.B = A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
         return A, B
 
 
 def _linear(A: Tensor, B: Tensor, scaling: float, x: Tensor, result: Tensor) -> Tensor:
-    rows = len(A)
-    # Rows that repeat, and dimensions between the rows and the features, are one dimension for the products.
-    low = torch.bmm(x.reshape(rows, -1, x.shape[-1]), A.mT)
-    base = result.reshape(rows, -1, result.shape[-1])
-    if isinstance(scaling, float) and base.dtype == low.dtype == B.dtype:
-        return torch.baddbmm(base, low, B.mT, alpha=scaling).view(result.shape)
-    return (base + torch.bmm(low, B.mT) * scaling).view(result.shape)
+    rows, shape = len(A), result.shape
+    if x.ndim != 3 or x.shape[0] != rows:
+        # Rows that repeat, and dimensions between the rows and the features, are one dimension for the products.
+        x, result = x.reshape(rows, -1, x.shape[-1]), result.reshape(rows, -1, shape[-1])
+    low = torch.bmm(x, A.mT)
+    if type(scaling) is float and result.dtype == low.dtype == B.dtype:
+        return torch.baddbmm(result, low, B.mT, alpha=scaling).view(shape)
+    return (result + torch.bmm(low, B.mT) * scaling).view(shape)
 
 
 def _embedding(module: LoraLayer, A: Tensor, B: Tensor, scaling: float, x: Tensor, result: Tensor) -> Tensor:
