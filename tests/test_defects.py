@@ -108,8 +108,8 @@ DEFECTS = [
         'for name in [name for name, is_active in states.items() if is_active and name in deactivate]:',
         'deactivate = {name for name, is_active in states.items() if is_active and name in deactivate}\n'
         '        for name in deactivate:', ('model/test_activation.py', 'inactive_adapter_that_is_not_offloaded')),
-    Defect('a row is computed with the B of another one', 'model/variant.py', 'torch.baddbmm(base, low, B.mT,',
-           'torch.baddbmm(base, low, B.mT.roll(1, 0),', ('model/test_rows.py', 'same_sample_alone and fusion')),
+    Defect('a row is computed with the B of another one', 'model/variant.py', 'torch.baddbmm(result, low, B.mT,',
+           'torch.baddbmm(result, low, B.mT.roll(1, 0),', ('model/test_rows.py', 'same_sample_alone and fusion')),
     Defect('a batch of another size is computed', 'model/variant.py', 'or x.shape[0] % len(A)):', 'or False):',
            ('model/test_rows.py', 'another_size')),
     Defect('layers that get all tokens in one heap are computed', 'model/variant.py',
