@@ -6,7 +6,6 @@ import pytest
 import random
 import time
 import torch
-from functools import lru_cache
 from measure import Ratio, interleaved, ratio
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -25,7 +24,6 @@ PROMPT = 24
 Sample = Tuple[List[str], List[float]]
 
 
-@lru_cache(maxsize=1)
 def peft_model(hidden: int) -> PeftModel:
     """Returns a Qwen2 of 24 layers with 14 LoRAs of rank 8, all of random values."""
     torch.manual_seed(0)
