@@ -111,6 +111,8 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
     def reserve(self, adapters: Optional[Sequence[str]] = None, max_sources: Optional[int] = None) -> None:
         """Makes room for any batch of `max_batch_size` requests, which is halved where memory does not suffice.
 
+        The fused adapter becomes the only active one, which takes longest the first time.
+
         Args:
             adapters: See `FusionComposer.reserve`.
             max_sources: See `FusionComposer.reserve`.
@@ -120,7 +122,9 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         """
         while True:
             try:
-                return self.composer.reserve(adapters, max_sources, self.max_batch_size)
+                self.composer.reserve(adapters, max_sources, self.max_batch_size)
+                self.composer.activate()
+                return
             except Exception as e:
                 if self.max_batch_size == 1 or not is_out_of_memory(e):
                     raise

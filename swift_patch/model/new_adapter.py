@@ -37,6 +37,12 @@ _PLAIN: Dict[str, Any] = {
     'rank_pattern': {},
     'alpha_pattern': {},
     'megatron_config': None,
+    # These say nothing of layers.
+    'inference_mode': False,
+    'base_model_name_or_path': None,
+    'revision': None,
+    'lora_dropout': 0.0,
+    'lora_alpha': 1,
 }
 
 

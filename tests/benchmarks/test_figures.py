@@ -12,78 +12,84 @@ CONTENT = {
             'torch': '2.13.0'
         }
     },
-    'benchmarks': [{
-        'stats': {
-            'median': 0.012
-        },
-        'extra_info': {
-            'subject': 'switching',
-            'case': 'another LoRA',
-            'what': 'a switch',
-            'divided_by': 'a loop',
-            'ratio': 3.0,
-            'bound': 2,
-            'seconds': {
-                'set': 0.012,
-                'lookup': 0.004
-            }
-        }
-    }, *({
-        'stats': {
-            'median': 0.012
-        },
-        'extra_info': {
-            'subject': 'merge',
-            'case': case,
-            'what': 'an update',
-            'divided_by': 'a copy',
-            'ratio': ratio,
-            'bound': 2,
-            'seconds': {}
-        }
-    } for case, ratio in (('1M fp32 linear', 3.0), ('1M fp32 linear compiled', 1.5), ('2M bf16 linear', 2.0))), {
-        'stats': {
-            'median': 0.2
-        },
-        'extra_info': {
-            'subject': 'samples',
-            'case': 'swift_patch',
-            'samples': [0.1, 0.2, 0.3]
-        }
-    }, {
-        'stats': {
-            'median': 0.2
-        },
-        'extra_info': {
-            'subject': 'upstream',
-            'case': 'part',
-            'samples': [0.3, 0.4]
-        }
-    }, {
-        'stats': {
-            'median': 0.2
-        },
-        'extra_info': {
-            'subject': 'batches',
-            'case': 256,
-            'tokens': 32,
-            # JSON has no other keys.
-            'samples_per_second': {
-                'one by one': {
-                    '1': 1.0,
-                    '16': 1.0
-                },
-                'swift_patch': {
-                    '1': 1.0,
-                    '16': 9.5
-                }
+    'benchmarks': [
+        {
+            'stats': {
+                'median': 0.012
             },
-            'composing': {
-                '1': 0.002,
-                '16': 0.01
+            'extra_info': {
+                'subject': 'switching',
+                'case': 'another LoRA',
+                'what': 'a switch',
+                'divided_by': 'a loop',
+                'ratio': 3.0,
+                'bound': 2,
+                'seconds': {
+                    'set': 0.012,
+                    'lookup': 0.004
+                }
+            }
+        },
+        *({
+            'stats': {
+                'median': 0.012
+            },
+            'extra_info': {
+                'subject': 'merge',
+                'case': case,
+                'what': 'an update',
+                'divided_by': 'a copy',
+                'ratio': ratio,
+                'bound': 2,
+                'seconds': {}
+            }
+        } for case, ratio in (('1M fp32 linear', 3.0), ('1M fp32 linear compiled', 1.5), ('2M bf16 linear', 2.0))),
+        {
+            'stats': {
+                'median': 0.2
+            },
+            'extra_info': {
+                'subject': 'samples',
+                'case': 'swift_patch',
+                'samples': [0.1, 0.2, 0.3]
+            }
+        },
+        {
+            'stats': {
+                'median': 0.2
+            },
+            'extra_info': {
+                'subject': 'upstream',
+                'case': 'part',
+                'samples': [0.3, 0.4]
+            }
+        },
+        {
+            'stats': {
+                'median': 0.2
+            },
+            'extra_info': {
+                'subject': 'batches',
+                'case': 256,
+                'tokens': 32,
+                # JSON has no other keys.
+                'samples_per_second': {
+                    'one by one': {
+                        '1': 1.0,
+                        '16': 1.0
+                    },
+                    'swift_patch': {
+                        '1': 1.0,
+                        '16': 9.5
+                    }
+                },
+                'composing': {
+                    '1': 0.002,
+                    '16': 0.01
+                }
             }
         }
-    }]
+    ]
 }
 
 
