@@ -123,6 +123,14 @@ def test_several_answers_and_beams_belong_to_their_requests(engine, config):
     assert [[choice.message.content for choice in response.choices] for response in found] == expected
 
 
+def test_stop_words_end_each_answer_as_alone(engine, config):
+    unstopped = alone(engine, config)
+    config.stop = ['y']
+    expected = alone(engine, config)
+    assert expected != unstopped, 'or the test would see nothing'
+    assert list(map(content, engine.infer(REQUESTS, config, compositions=COMPOSITIONS))) == expected
+
+
 def test_log_probabilities_are_those_of_each_request(engine, config):
     config.logprobs, config.top_logprobs = True, 2
 
