@@ -116,7 +116,7 @@ DEFECTS = [
            'x.ndim < (2 if is_embedding else 3)', 'False', ('model/test_rows.py', 'one_heap')),
     Defect('towers for something else than text are computed', 'model/rows.py',
            'variant.is_in_text = is_in_text(variant.name)', 'pass', ('model/test_rows.py', 'towers')),
-    Defect('rows that an error left half written are read', 'model/refill.py', '        rows.hide()\n', '',
+    Defect('rows that an error left half written are read', 'model/refill.py', '        own.callback(rows.hide)\n', '',
            ('model/test_rows.py', 'error_in_the_middle')),
     Defect('the base model keeps an earlier sample in its row', 'model/refill.py', 'rows.clear(number)', 'pass',
            ('model/test_rows.py', 'base_model_alone')),

@@ -150,8 +150,8 @@ def refill_rows(adapters: Adapters,
         grow(adapters, name, rank, missing, own)
         rows = rows_for(adapters, name, len(plans), own)
         target = adapters.factors(name)
-        # From here on nobody can read what was there before.
-        rows.hide()
+        # What was there before cannot be put back: nobody reads it then.
+        own.callback(rows.hide)
         install(adapters, name, rows, own)
         with torch.inference_mode(False), torch.no_grad():
             for number, plan in enumerate(plans):

@@ -540,6 +540,16 @@ def test_an_error_in_the_middle_leaves_one_sample_as_it_was_and_no_half_written_
     assert_rows(composer, model, ids())
 
 
+def test_rows_whose_activation_fails_are_not_read(model):
+    composer = FusionComposer(model)
+    composer.compose_batch(SAMPLES[::-1])
+    with mock.patch.object(FusionComposer, '_activate', side_effect=RuntimeError('no')), pytest.raises(RuntimeError):
+        composer.compose_batch(SAMPLES)
+    with pytest.raises(RowsError, match='Compose again'):
+        logits(model, ids())
+    assert_rows(composer, model, ids())
+
+
 def test_nothing_else_is_composed_within_a_block(model):
     composer = FusionComposer(model)
     with composer.fused_batch(SAMPLES):
