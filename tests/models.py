@@ -170,6 +170,14 @@ def write_checkpoints(folder: Path, count: int = 5, **changes: Any) -> Tuple[str
     return model_dir, paths
 
 
+def swift_arguments(model_dir: str, **changes: Any) -> Any:
+    """ms-swift's arguments for a model of `write_checkpoints`, which takes the likeliest tokens."""
+    from swift_patch.ms_swift import BaseArguments
+    from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
+    arguments = {'model_type': MODEL_TYPE, 'template': TEMPLATE, 'torch_dtype': 'float32', 'temperature': 0}
+    return BaseArguments(model=model_dir, **{**arguments, 'max_new_tokens': 8, **changes})
+
+
 def randomised(model: nn.Module) -> nn.Module:
     """Gives all LoRAs random values; new ones do nothing."""
     generator = torch.Generator().manual_seed(1)

@@ -89,7 +89,7 @@ class TaskEngine:
         """
         from ..compose.engine import FusionEngine
         engine = FusionEngine(self.model, self._template, max_batch_size=max_batch_size, **options)
-        engine.composer.reserve(max_sources=3, max_rows=max_batch_size)
+        engine.reserve(max_sources=3)
         requests, compositions = self._requests(samples), self._compositions(samples)
         answers = Answers()
         for begin in range(0, len(samples), max_batch_size):

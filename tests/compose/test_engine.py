@@ -4,6 +4,7 @@ import logging
 import pytest
 import torch
 from copy import copy
+from models import swift_arguments
 from queue import Queue
 from swift.tuners import SwiftModel
 from types import SimpleNamespace
@@ -14,9 +15,8 @@ from swift_patch.compose.engine import ComposedRequest
 from swift_patch.inference.checkpoints import find_checkpoints
 from swift_patch.inference.engine import load_model
 from swift_patch.model.rows import Rows
-from swift_patch.ms_swift import (AdapterRequest, BaseArguments, InferRequest, TransformersEngine, get_engine,
-                                  get_template, prepare_model_template)
-from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
+from swift_patch.ms_swift import (AdapterRequest, InferRequest, TransformersEngine, get_engine, get_template,
+                                  prepare_model_template)
 
 COMPOSITIONS = [['adapter_0', 'adapter_1'], {
     'adapter_2': 1.0
@@ -34,13 +34,7 @@ REQUESTS = [request(text) for text in TEXTS]
 def load(written, kind):
     """Returns an engine around a small model with four LoRAs, and ms-swift's arguments."""
     model_dir, paths = written
-    args = BaseArguments(
-        model=model_dir,
-        model_type=MODEL_TYPE,
-        template=TEMPLATE,
-        torch_dtype='float32',
-        max_new_tokens=8,
-        temperature=0)
+    args = swift_arguments(model_dir)
     names = ('l0', 'l1', 'l2', 'l3')
     model, template, aliases = load_model(args, find_checkpoints({name: paths[kind][name] for name in names}))
     assert aliases == {name: f'adapter_{i}' for i, name in enumerate(names)}
@@ -88,14 +82,7 @@ def test_one_adapter_answers_as_ms_swifts_own_engine_with_it(written, engine, co
     if isinstance(engine.model, SwiftModel):
         pytest.skip('stock loads a SwiftModel only by the name that it was saved with')
     model_dir, paths = written
-    args = BaseArguments(
-        adapters=[paths['peft']['l2']],
-        model=model_dir,
-        model_type=MODEL_TYPE,
-        template=TEMPLATE,
-        torch_dtype='float32',
-        max_new_tokens=8,
-        temperature=0)
+    args = swift_arguments(model_dir, adapters=[paths['peft']['l2']])
     stock = get_engine(prepare_model_template(args)[0], get_template(args))
     [expected] = stock.infer([REQUESTS[0]], config)
     found = engine.infer(REQUESTS[:2], config, compositions=[['adapter_2'], ['adapter_0']])[0]

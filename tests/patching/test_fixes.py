@@ -2,17 +2,16 @@
 import inspect
 import pytest
 import torch
-from models import AllKinds, inputs, loras, outputs, swift_model
+from models import AllKinds, inputs, loras, outputs, swift_arguments, swift_model
 from peft.tuners.lora import Embedding, Linear, LoraConfig
 from swift.tuners import SwiftModel
 from swift.tuners.lora_layers import LoraModel
 from types import SimpleNamespace
 
 from swift_patch import patching
-from swift_patch.ms_swift import AdapterRequest, BaseArguments, InferRequest, get_engine, load_base
+from swift_patch.ms_swift import AdapterRequest, InferRequest, get_engine, load_base
 from swift_patch.patching import fixes
 from swift_patch.patching.fixes import layer_arguments, load_embeddings
-from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 
 TARGETS = ['embedding', 'linear', 'fan', 'conv2', 'point', 'grouped']
 
@@ -181,14 +180,7 @@ def test_an_update_that_fails_leaves_the_layer_as_it_was():
 @pytest.mark.parametrize('beams', [1, 2])
 def test_a_batch_with_an_adapter_is_answered_by_ms_swifts_own_engine_as_its_requests_alone(written, beams):
     model_dir, paths = written
-    args = BaseArguments(
-        model=model_dir,
-        model_type=MODEL_TYPE,
-        template=TEMPLATE,
-        torch_dtype='float32',
-        max_new_tokens=6,
-        temperature=0,
-        num_beams=beams)
+    args = swift_arguments(model_dir, max_new_tokens=6, num_beams=beams)
     model, template = load_base(args)
     engine = get_engine(model, template, max_batch_size=8)
     config = args.get_request_config()
