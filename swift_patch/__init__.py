@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from .compose.engine import FusionEngine
     from .errors import RowsError
     from .lora.compiled import compile_merging
+    from .lora.library import AdapterLibrary
 
 __version__ = '0.1.0'
-__all__ = ['FusionComposer', 'FusionEngine', 'RowsError', 'apply', 'compile_merging', 'is_applied', 'revert']
+__all__ = [
+    'AdapterLibrary', 'FusionComposer', 'FusionEngine', 'RowsError', 'apply', 'compile_merging', 'is_applied', 'revert'
+]
 
 # Where the names are that import torch, PEFT or ms-swift.
 _LAZY = {
+    'AdapterLibrary': 'lora.library',
     'FusionComposer': 'compose.composer',
     'FusionEngine': 'compose.engine',
     'RowsError': 'errors',

@@ -1,7 +1,7 @@
 """Errors of this package, and how their messages show what was found."""
 import reprlib
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 
 class RowsError(ValueError):
@@ -25,6 +25,11 @@ class _Short(reprlib.Repr):
 def short_repr(value: Any) -> str:
     """Returns the repr of any value, cut where it is long. Never raises, also where the value's own repr does."""
     return _Short().repr(value)
+
+
+def joined(items: Sequence[Any]) -> str:
+    """Returns what an error says of a list that may be long: the first of it."""
+    return ', '.join(map(str, items[:5])) + (', ...' if len(items) > 5 else '')
 
 
 @contextmanager

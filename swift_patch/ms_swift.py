@@ -9,15 +9,17 @@ if TYPE_CHECKING or find_spec('swift.infer_engine') is not None:
     from swift.arguments import BaseArguments, SftArguments
     from swift.infer_engine import AdapterRequest, InferRequest, TransformersEngine
     from swift.pipelines.utils import prepare_model_template
+    from swift.utils import safe_snapshot_download
 else:  # ms-swift 3: all in one module, where some are called otherwise
     from swift.llm import AdapterRequest, BaseArguments, InferRequest
     from swift.llm import PtEngine as TransformersEngine
     from swift.llm import TrainArguments as SftArguments
-    from swift.llm import prepare_model_template
+    from swift.llm import prepare_model_template, safe_snapshot_download
 
 __all__ = [
     'BATCHES_STREAMS', 'TEMPLATE_MODE', 'TUNER_OPTION', 'AdapterRequest', 'BaseArguments', 'InferRequest',
-    'SftArguments', 'TransformersEngine', 'get_engine', 'get_template', 'load_base', 'sft_main'
+    'SftArguments', 'TransformersEngine', 'get_engine', 'get_template', 'load_base', 'safe_snapshot_download',
+    'sft_main'
 ]
 
 # ms-swift 3 said `train_type`.

@@ -17,8 +17,9 @@ from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, Lis
                     Sequence, Set, Tuple)
 
 from ..compose.composer import FusionComposer
-from ..inference.checkpoints import AdapterCheckpoint, check_base_model, find_checkpoints
+from ..inference.checkpoints import check_base_model, find_checkpoints
 from ..inference.engine import load_model, swift_arguments
+from ..lora.checkpoint import AdapterCheckpoint
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.compiled import compile_merging
 from ..patching import reverted, why_not_applied
@@ -209,7 +210,7 @@ def describe_model(model: nn.Module, num_adapters: int) -> Dict[str, Any]:
 
 def _run(config: BenchConfig, swift_args: Mapping[str, Any], adapters: Mapping[str, str], stage: Stage,
          say: Callable[[str], Any]) -> BenchResult:
-    checkpoints = find_checkpoints(adapters)
+    checkpoints = find_checkpoints(adapters, swift_args)
     merge_args = {'combination_type': config.combination_type, **config.merge_args}
     options_of_method('fusion', **merge_args)
     per_sample = _adapters_per_sample(config.adapters_per_sample, len(adapters))

@@ -16,9 +16,14 @@ def add_adapters(group: argparse._ActionsContainer, *, required: bool, help: str
     group.add_argument(
         '--adapters',
         nargs='+',
+        # Not the last one alone, where it is given several times.
+        action='extend',
         required=required,
-        metavar='NAME=PATH',
-        help=f"{help}: checkpoints of swift sft, in ms-swift's or in PEFT's format")
+        metavar='NAME=PATH|DIR|@FILE',
+        help=f'{help}. Any mixture of: NAME=PATH, a checkpoint; DIR, a checkpoint or a folder of checkpoints, by '
+        'the names of their folders; @FILE, a manifest with a line {"name": ..., "path": ...} for each checkpoint, or '
+        "one JSON object of names and paths. Checkpoints are those of swift sft, in ms-swift's or in PEFT's format; "
+        'PATH and DIR may be ids on a hub')
 
 
 def add_model_group(parser: argparse.ArgumentParser) -> None:

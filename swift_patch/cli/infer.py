@@ -24,7 +24,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser.set_defaults(run=run)
 
     group = parser.add_argument_group('input and output')
-    add_adapters(group, required=True, help='the LoRAs that samples may name')
+    add_adapters(group, required=True, help='the LoRAs that samples may name; what no sample names is not looked at')
     group.add_argument('--val_dataset', required=True, metavar='FILE', help='the JSONL file with the samples')
     group.add_argument('--result_path', required=True, metavar='FILE', help='the JSONL file to write')
     group.add_argument('--resume', action='store_true', help='go on with an existing result file of the same run')

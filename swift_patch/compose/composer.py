@@ -1,21 +1,25 @@
 """Selection, fusion and mixture of LoRAs, one sample after another (LoraRetriever, arXiv:2402.09997, §4.2)."""
 import torch
 from contextlib import contextmanager
-from peft import PeftModel
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from typing import Any, Iterable, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple, Union
 
+from ..errors import short_repr
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.composition import Composition, check_names
+from ..lora.library import AdapterLibrary
 from ..lora.numbers import check_positive, checked_seeds
 from ..model.adapters import Adapters
-from ..model.checks import check_new_name, check_source
-from ..model.layers import parameters_of
+from ..model.checks import check_new_name
+from ..model.layers import is_active_alone, parameters_of
 from ..model.refill import add, make_room, refill, refill_rows
+from ..model.sources import Sources
+from ..model.tuner import tuner_around, tuner_of
 from ..model.undo import Undo
 from .locks import lock_of
-from .policy import exact, loras_of, some_source, told
+from .policy import every_source, exact, some_source, told
 
 # What a sample of a batch names: adapters, adapters with weights, or a pair of adapters and weights.
 Sample = Union[Sequence[str], Mapping[str, float], Tuple[Sequence[str], Optional[Sequence[float]]]]
@@ -27,11 +31,13 @@ class FusionComposer:
     The first call makes the fused adapter and all later ones refill it in place, so that every sample costs the same.
 
     Args:
-        model: A `SwiftModel` or a `PeftModel` (or its `LoraModel`) with the LoRAs loaded.
+        model: A `SwiftModel` or a `PeftModel` (or its `LoraModel`) with the LoRAs loaded. With a library, any model:
+            its layers are wrapped in place when something is composed first, and its weights frozen, as PEFT does.
         merge_method: `fusion` averages the parameters (`average`), `mixture` the outputs (`cat`), `selection` takes
             the heaviest source alone.
         combination_type: Any type of `add_weighted_adapter`, instead of `merge_method`.
         adapter_name: The name of the fused adapter.
+        library: Adapters on disk, which are merged from there. A source is looked for in it, then in the model.
         svd_rank: See `update_weighted_adapter`, like all that follow.
         svd_clamp: See `update_weighted_adapter`.
         svd_driver: See `update_weighted_adapter`.
@@ -56,6 +62,7 @@ class FusionComposer:
                  *,
                  combination_type: Optional[str] = None,
                  adapter_name: str = 'fused',
+                 library: Optional[AdapterLibrary] = None,
                  svd_rank: Optional[int] = None,
                  svd_clamp: Optional[float] = None,
                  svd_driver: Optional[str] = None,
@@ -63,11 +70,16 @@ class FusionComposer:
                  majority_sign_method: Literal['total', 'frequency'] = 'total'):
         # Any model that torch.compile wrapped; the layers are the same.
         self._model: Any = getattr(model, '_orig_mod', model) if isinstance(model, nn.Module) else model
-        self._tuner: Any = self._model.base_model if isinstance(self._model, PeftModel) else self._model
+        self._tuner: Any = tuner_of(self._model)
         _check_applied()
+        if library is not None and not isinstance(library, AdapterLibrary):
+            raise TypeError(f'library is expected to be an AdapterLibrary, found {short_repr(library)}.')
         if not hasattr(type(self._tuner), 'update_weighted_adapter'):
-            raise TypeError('model is expected to be a SwiftModel or a PeftModel with LoRAs, found '
-                            f'{type(model).__name__}.')
+            if library is None or not isinstance(self._tuner, nn.Module) or isinstance(self._tuner, BaseTuner):
+                raise TypeError('model is expected to be a SwiftModel or a PeftModel with LoRAs, or any model with a '
+                                f'library, found {type(model).__name__}{"" if library is None else " and a library"}.')
+            self._model = self._tuner = tuner_around(self._tuner)
+        self._library = library
         self._options = options_of_method(
             merge_method,
             combination_type,
@@ -78,7 +90,7 @@ class FusionComposer:
             majority_sign_method=majority_sign_method)
         self.merge_method = merge_method
         self.adapter_name = adapter_name
-        found = Adapters.of(self._tuner)
+        found = self._look()
         if isinstance(adapter_name, str) and adapter_name in found.configs:
             found.record(adapter_name)
         else:
@@ -184,7 +196,7 @@ class FusionComposer:
         Raises:
             ValueError: Nothing was composed yet.
         """
-        adapters = Adapters.of(self._tuner)
+        adapters = self._look()
         adapters.record(self.adapter_name)
         self._activate(adapters)
 
@@ -196,7 +208,8 @@ class FusionComposer:
         compiled or captured with it goes stale).
 
         Args:
-            adapters: The adapters that will be composed; by default all LoRAs that are loaded.
+            adapters: The adapters that will be composed; by default all of the library, and all LoRAs that are loaded.
+                Those of the library are asked for their configs alone.
             max_sources: How many of them at most at a time; by default all. Only `cat` needs more rank for more.
             max_rows: How many rows a batch of `compose_batch` has at most: memory for them is made, too. A batch with
                 fewer rows costs what these need. By default none is made now, and as much as a batch needs later.
@@ -211,18 +224,48 @@ class FusionComposer:
                 check_positive(argument, value)
         names = None if adapters is None else check_names(adapters)
         with self._model_lock.lock, Undo() as undo:
-            found = Adapters.of(self._tuner)
+            found = self._look()
+            sources = Sources(found)
             if names is None:
-                names = loras_of(found)
-            for name in names:
-                check_source(name, found)
-            rank = COMBINATION_TYPES[self._options.combination_type].largest_rank([found.rank(name) for name in names],
-                                                                                  max_sources, self._options.svd_rank)
+                names = every_source(sources)
+            for name in sources.of_model(names):
+                sources.check(name)
+            combination = COMBINATION_TYPES[self._options.combination_type]
+            rank = combination.largest_rank([sources.rank(name) for name in names], max_sources, self._options.svd_rank)
             if self.adapter_name not in found.configs:
                 found = self._added(found, names[0], undo)
             found.record(self.adapter_name)
-            make_room(found, self.adapter_name, rank, names, max_rows or 1)
+            make_room(found, self.adapter_name, rank, sources, names, max_rows or 1)
             undo.commit()
+
+    def check(self, adapters: Optional[Sequence[str]] = None) -> None:
+        """Checks that adapters can be composed, by configs and headers of files: values are not read.
+
+        Args:
+            adapters: Their names; by default all of the library, and all LoRAs that are loaded.
+
+        Raises:
+            TypeError: `adapters` is not a list of names.
+            ValueError: Some cannot. It tells of all of them.
+        """
+        names = None if adapters is None else check_names(adapters)
+        problems = []
+        with self._model_lock.lock:
+            sources = Sources(self._look())
+            for name in every_source(sources) if names is None else names:
+                try:
+                    sources.check(name)
+                except ValueError as e:
+                    problems.append(str(e))
+        if problems:
+            raise ValueError('\n'.join(problems))
+
+    def _look(self) -> Adapters:
+        """Returns the adapters as they are now."""
+        if self._library is not None and self.adapter_name in self._library:
+            raise ValueError(f'adapter_name is expected not to be that of an adapter of the library, found '
+                             f'{short_repr(self.adapter_name)}: choose another one.')
+        return Adapters.of(self._tuner, self._library)
 
     @contextmanager
     def _held(self, compositions: List[Composition], seeds: Optional[List[int]] = None) -> Iterator[None]:
@@ -239,7 +282,7 @@ class FusionComposer:
     def _compose(self, compositions: List[Composition], seeds: Optional[List[int]] = None) -> None:
         """Fills the fused adapter, or its rows where there are several, and activates it. The lock is held."""
         _check_applied()
-        adapters = Adapters.of(self._tuner)
+        adapters = self._look()
         held = self._model_lock.held
         if held is not None and held != (self.adapter_name, compositions, seeds):
             raise RuntimeError(
@@ -254,7 +297,7 @@ class FusionComposer:
             # What is held is in the adapter, where random masks drawn anew would replace it.
             if held is None:
                 if self._is_exact:
-                    compositions = exact(compositions, adapters, is_selection=self.merge_method == 'selection')
+                    compositions = exact(compositions, Sources(adapters), is_selection=self.merge_method == 'selection')
                 adapters = self._filled(adapters, compositions, seeds, undo)
             self._activate(adapters)
             undo.commit()
@@ -270,22 +313,19 @@ class FusionComposer:
         if name in adapters.configs:
             adapters.record(name)
         elif is_plain and seeds is None:
-            add(adapters, first, name, undo)
-            return Adapters.of(self._tuner)
+            return add(adapters, first, name, undo)
         else:
-            adapters = self._added(adapters, some_source(adapters, compositions), undo)
+            adapters = self._added(adapters, some_source(Sources(adapters), compositions), undo)
         if is_plain:
             if seeds is not None:
                 torch.manual_seed(seeds[0])
-            refill(adapters, first, name, undo)
-        else:
-            refill_rows(adapters, compositions, name, undo, seeds)
-        return adapters
+            return refill(adapters, first, name, undo)
+        return refill_rows(adapters, compositions, name, undo, seeds)
 
     def _added(self, adapters: Adapters, source: str, undo: Undo) -> Adapters:
         """Makes a fused adapter of zeros, like a source, and returns the adapters as they are then."""
-        add(adapters, Composition.of([source], [0.0], self._options), self.adapter_name, undo)
-        return Adapters.of(self._tuner)
+        composition = Composition.of([source], [0.0], self._options)
+        return add(adapters, composition, self.adapter_name, undo, with_values=False)
 
     def _activate(self, adapters: Adapters) -> None:
         name = self.adapter_name
@@ -294,12 +334,11 @@ class FusionComposer:
             from ..model.activation import activate_alone
             activate_alone(adapters, name)
             return
-        is_active = self._model.active_adapters == [name] and all(layer.active_adapters == [name]
-                                                                  for _, layer in adapters.layers)
-        if not is_active:
+        layers = [layer for _, layer in adapters.layers]
+        if not (self._model.active_adapters == [name] and is_active_alone(layers, name)):
             self._model.set_adapter(name)
             # PEFT takes an adapter that is switched on for one to be trained.
-            for _, layer in adapters.layers:
+            for layer in layers:
                 for parameter in parameters_of(layer, name):
                     parameter.requires_grad_(False)
 

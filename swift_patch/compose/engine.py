@@ -36,10 +36,10 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
     cannot be batched (layers that get the tokens of all rows in one heap) is answered one by one, which is logged once.
 
     Args:
-        model: A `SwiftModel` or a `PeftModel` with the LoRAs loaded.
+        model: A `SwiftModel` or a `PeftModel` with the LoRAs loaded, or any model with a library of them.
         template: ms-swift's template of the model.
         max_batch_size: How many requests are answered together at most; it is halved where memory does not suffice.
-        **composer_args: Arguments of `FusionComposer`: `merge_method`, `combination_type`, ...
+        **composer_args: Arguments of `FusionComposer`: `library`, `merge_method`, `combination_type`, ...
 
     Attributes:
         composer: the composer.
@@ -162,7 +162,7 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         if adapter_request is not None:
             raise ValueError(
                 f'adapter_request is expected to be left out, found {short_repr(adapter_request)}: load the '
-                'adapter into the model, and name it in a composition.')
+                'adapter into the model or add it to the library, and name it in a composition.')
 
     def _batch_encode(self, *args: Any, strict: bool = True, **kwargs: Any) -> Any:
         # Where stock leaves a request out of a batch, the others would get each other's rows.

@@ -5,18 +5,17 @@ from typing import List, Sequence
 
 from ..errors import errors_of_sample, short_repr
 from ..lora.composition import Composition, check_names
-from ..model.adapters import Adapters
-from ..model.checks import check_source
+from ..model.sources import Sources
 
 
-def exact(compositions: Sequence[Composition], adapters: Adapters, is_selection: bool) -> List[Composition]:
+def exact(compositions: Sequence[Composition], sources: Sources, is_selection: bool) -> List[Composition]:
     """Returns the compositions of a mixture or a selection, which are defined by the delta, as they are merged.
 
     PEFT's types give it √r times too much for sources with rsLoRA, which is kept where a type is asked for by name.
 
     Args:
         compositions: what the samples ask for.
-        adapters: the adapters of the model.
+        sources: the adapters that they may take.
         is_selection: whether the heaviest source alone is merged.
 
     Raises:
@@ -25,36 +24,42 @@ def exact(compositions: Sequence[Composition], adapters: Adapters, is_selection:
     found = []
     for number, composition in enumerate(compositions):
         with errors_of_sample(number, len(compositions)):
-            found.append(composition if composition.is_base else _exact(composition, adapters, is_selection))
+            found.append(composition if composition.is_base else _exact(composition, sources, is_selection))
     return found
 
 
-def _exact(composition: Composition, adapters: Adapters, is_selection: bool) -> Composition:
+def _exact(composition: Composition, sources: Sources, is_selection: bool) -> Composition:
     # Those that a selection leaves out are not merged, so that nothing else would see that they do not exist.
     for name in composition.sources:
-        check_source(name, adapters)
+        sources.check(name)
     if is_selection:
         composition = composition.selected()
-    if adapters.config(composition.sources[0]).use_rslora:
-        rank = sum(map(adapters.config_rank, composition.sources))
+    if sources.config(composition.sources[0]).use_rslora:
+        rank = sum(map(sources.config_rank, composition.sources))
         composition = composition.weighted(1 / math.sqrt(rank))
     return composition
 
 
-def some_source(adapters: Adapters, compositions: Sequence[Composition]) -> str:
+def some_source(sources: Sources, compositions: Sequence[Composition]) -> str:
     """Returns an adapter to make the fused one like: one that is composed or, for the base model alone, any."""
     for composition in compositions:
         if not composition.is_base:
             return composition.sources[0]
-    return loras_of(adapters)[0]
+    return every_source(sources)[0]
 
 
-def loras_of(adapters: Adapters) -> List[str]:
-    """Returns the LoRAs that are loaded, the fused ones aside. Raises ValueError where there are none."""
-    return check_names([
+def every_source(sources: Sources) -> List[str]:
+    """Returns the LoRAs of the library, and those that are loaded, the fused ones aside.
+
+    Raises:
+        ValueError: there are none.
+    """
+    adapters = sources.adapters
+    loaded = [
         name for name, config in adapters.configs.items()
         if isinstance(config, LoraConfig) and not adapters.is_fused(name)
-    ])
+    ]
+    return check_names(dict.fromkeys([*(adapters.library or ()), *loaded]))
 
 
 def told(compositions: Sequence[Composition]) -> str:

@@ -13,12 +13,13 @@ class InferConfig:
     """What one run is.
 
     Attributes:
-        adapters: Where the checkpoint of each named adapter is.
+        adapters: Where the checkpoint of each named adapter is: a path, or an id on a hub. Those that no sample names
+            are not looked at.
         val_dataset: The JSONL with the samples.
         result_path: The JSONL to write, one line per sample.
         swift_args: Arguments of ms-swift's `BaseArguments` (`model`, `template`, `torch_dtype`, `max_new_tokens`,
             `temperature`, `seed`, ...). As in `swift infer`, what is not given comes from the args.json of the first
-            adapter that has one.
+            adapter that has one, of those that samples name.
         merge_method: 'fusion', 'mixture' or 'selection'.
         composer_args: Further arguments of `FusionComposer` (`combination_type`, `density`, ...).
         max_batch_size: How many samples are answered together at most.

@@ -97,7 +97,9 @@ def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]
         except ValueError as e:
             problems.append((number, str(e)))
             continue
-        all_found = itertools.chain(_check_messages(data), _check_adapters(data, names), _check_keys(data))
+        # Where names are looked for that are like another, of ten thousand, only for those that are shown.
+        is_shown = len(problems) < _MAX_SHOWN
+        all_found = itertools.chain(_check_messages(data), _check_adapters(data, names, is_shown), _check_keys(data))
         found = list(itertools.islice(all_found, _MAX_SHOWN))
         if found:
             problems += [(number, problem) for problem in found]
@@ -187,7 +189,7 @@ def _check_message(message: Any, *, is_first: bool) -> Optional[str]:
     return None
 
 
-def _check_adapters(data: Dict[str, Any], names: Collection[str]) -> Iterator[str]:
+def _check_adapters(data: Dict[str, Any], names: Collection[str], is_shown: bool) -> Iterator[str]:
     adapters = data.get('adapters')
     if not isinstance(adapters, list) or not adapters:
         yield _expected(data, 'adapters', 'a non-empty list of adapter names')
@@ -197,7 +199,7 @@ def _check_adapters(data: Dict[str, Any], names: Collection[str]) -> Iterator[st
         if not isinstance(name, str):
             yield f'adapters[{i}] must be a name, got {_kind(name)}'
         elif name not in names:
-            yield f'unknown adapter {short_repr(name)}; {_suggest(name, names)}'
+            yield f'unknown adapter {short_repr(name)}; {_suggest(name, names if is_shown else ()) or _known(names)}'
         elif name in seen:
             yield f'the adapter {short_repr(name)} is named twice; add up its weights instead'
         else:
@@ -269,9 +271,11 @@ def _expected(data: Dict[str, Any], key: str, what: str) -> str:
 
 def _suggest(name: str, names: Collection[str]) -> str:
     close = difflib.get_close_matches(name, names) if len(name) <= _MAX_SPELLED else []
-    if close:
-        return f'did you mean {" or ".join(map(short_repr, close))}?'
-    known = ', '.join(map(short_repr, list(names)[:10]))
+    return f'did you mean {" or ".join(map(short_repr, close))}?' if close else ''
+
+
+def _known(names: Collection[str]) -> str:
+    known = ', '.join(map(short_repr, itertools.islice(names, 10)))
     return f'known are {known}{", ..." if len(names) > 10 else ""}'
 
 

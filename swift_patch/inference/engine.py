@@ -1,12 +1,13 @@
 """What an engine needs: ms-swift's arguments, and one base model with all adapters loaded."""
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple, Union
 
-from .checkpoints import AdapterCheckpoint
+from ..lora.checkpoint import AdapterCheckpoint
 from .loading import load_adapters
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from swift.tuners import SwiftModel
+    from torch import nn
 
     from ..ms_swift import BaseArguments
 
@@ -28,12 +29,32 @@ def swift_arguments(swift_args: Mapping[str, Any], checkpoints: Sequence[Adapter
     if is_dist():
         raise ValueError('swift-patch runs in one process, but this is one of several, as of torchrun: start it by '
                          'itself (and split the dataset of an inference to use several).')
-    # For their args.json only: ms-swift takes what is not given from the first of these.
-    trained = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint.has_args]
+    # For its args.json only, from which ms-swift takes what is not given.
+    trained = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint.has_args][:1]
     try:
         return BaseArguments(adapters=trained, **swift_args)
     except Exception as e:  # for users' mistakes: assertions, errors of hubs and networks, OSError, ValueError
         raise ValueError(f'ms-swift cannot use these arguments: {type(e).__name__}: {e}') from e
+
+
+def load_base_model(args: 'BaseArguments') -> 'Tuple[nn.Module, Any]':
+    """Loads the base model alone, in evaluation mode, and its template.
+
+    Args:
+        args: ms-swift's arguments: model, template, dtype, device, ...
+
+    Raises:
+        ValueError: If the model cannot be loaded.
+    """
+    from ..ms_swift import load_base
+
+    # The adapters are ours to load, so that none of them needs the name that ms-swift would give it.
+    try:
+        model, template = load_base(args)
+    except Exception as e:  # no such device, no such attention implementation, out of memory, a damaged file, ...
+        reason = ' '.join(str(e).split())
+        raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason:.1000}') from e
+    return model.eval(), template
 
 
 def load_model(args: 'BaseArguments',
@@ -50,13 +71,6 @@ def load_model(args: 'BaseArguments',
     Raises:
         ValueError: If the model cannot be loaded, or if an adapter does not fit it.
     """
-    from ..ms_swift import load_base
-
-    # The adapters are ours to load, so that none of them needs the name that ms-swift would give it.
-    try:
-        model, template = load_base(args)
-    except Exception as e:  # no such device, no such attention implementation, out of memory, a damaged file, ...
-        reason = ' '.join(str(e).split())
-        raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason:.1000}') from e
+    model, template = load_base_model(args)
     model, aliases = load_adapters(model, checkpoints)
     return model, template, aliases

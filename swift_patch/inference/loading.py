@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, Sequence, Tuple, Union
 
-from .checkpoints import CONFIG_NAME, AdapterCheckpoint, joined, lora_parameter_name, split_key
+from ..errors import joined
+from ..lora.checkpoint import CONFIG_NAME, LINEAR_SEGMENTS, AdapterCheckpoint, split_key
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from swift.tuners import SwiftModel
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def load_adapters(model: 'nn.Module',
@@ -61,7 +62,7 @@ def _load_as_swift(model: 'nn.Module', checkpoints: Sequence[Tuple[AdapterCheckp
                 if isinstance(getattr(config, option), list):
                     setattr(config, option, set(getattr(config, option)))
             wrapped = SwiftModel(model, {alias: config}, inference_mode=True)
-            tensors = {lora_parameter_name(key, alias): tensor for key, tensor in checkpoint.load_tensors().items()}
+            tensors = {lora_parameter_name(key, alias): tensor for key, tensor in _load_tensors(checkpoint).items()}
             # Not `SwiftModel.load_state_dict`, which replaces text in the keys.
             wrapped.base_model.load_state_dict(tensors, strict=False)
             model = wrapped
@@ -94,7 +95,7 @@ def _peft_folder(checkpoint: AdapterCheckpoint) -> Iterator[Path]:
         yield checkpoint.folder
         return
     from swift.tuners import Swift
-    stored_names = {(split_key(key) or ('', '', ''))[2] for key in checkpoint.load_tensors()}
+    stored_names = {(split_key(key) or ('', '', ''))[2] for key in _load_tensors(checkpoint)}
     if len(stored_names) != 1:
         raise ValueError(f'its tensors are of several adapters: {sorted(stored_names)}.')
     stored_name = stored_names.pop()
@@ -109,6 +110,34 @@ def _peft_folder(checkpoint: AdapterCheckpoint) -> Iterator[Path]:
         yield folder if folder.exists() else Path(tmp)
 
 
+def lora_parameter_name(key: str, alias: str) -> str:
+    """Names the parameter, inside a base model, that a tensor of a checkpoint is for.
+
+    Args:
+        key: The tensor's key in a file of either format: `<module>.lora_A.weight`, `<module>.lora_A.<adapter>.weight`,
+            `<module>.lora_embedding_A` or `<module>.lora_embedding_A.<adapter>`, all with or without PEFT's prefix.
+        alias: The adapter's name in the model.
+
+    Raises:
+        ValueError: If the key is not that of a LoRA tensor.
+    """
+    parts = split_key(key)
+    if parts is None:
+        raise ValueError(f'{key!r} is not the key of a LoRA tensor.')
+    module, segment, _ = parts
+    return f'{module}.{segment}.{alias}' + ('.weight' if segment in LINEAR_SEGMENTS else '')
+
+
+def _load_tensors(checkpoint: AdapterCheckpoint) -> 'Dict[str, Tensor]':
+    """Reads the tensors to the CPU, keyed as in the file. Raises ValueError where the file is damaged."""
+    from peft.utils import load_peft_weights
+    try:
+        tensors: Dict[str, Tensor] = load_peft_weights(str(checkpoint.folder), device='cpu')
+        return tensors
+    except Exception as e:  # safetensors and pickle have errors of their own
+        raise ValueError(f'{checkpoint}: cannot read {checkpoint.weights_file}: {e}') from e
+
+
 def _check_arrived(base_model: 'nn.Module', checkpoint: AdapterCheckpoint, alias: str) -> None:
     """Compare the file with the model; ms-swift and PEFT at most log what does not match."""
     import torch
@@ -118,7 +147,7 @@ def _check_arrived(base_model: 'nn.Module', checkpoint: AdapterCheckpoint, alias
         if parts is not None and parts[2] == alias:
             expected[name] = parameter
     homeless = []
-    for key, tensor in checkpoint.load_tensors().items():
+    for key, tensor in _load_tensors(checkpoint).items():
         arrived = expected.pop(lora_parameter_name(key, alias), None)
         if arrived is None or not torch.equal(arrived, tensor.to(arrived)):
             homeless.append(key)

@@ -3,11 +3,11 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, Sequence, Set
 
-from ..errors import short_repr
+from ..errors import joined, short_repr
 from ..files import check_writable, os_errors_as
-from .checkpoints import AdapterCheckpoint
+from ..lora.checkpoint import AdapterCheckpoint
 from .config import ANSWER_OPTIONS, InferConfig
 from .dataset import Sample
 
@@ -20,6 +20,8 @@ _RECORDED = ('model_type', 'model_revision', 'torch_dtype', 'attn_impl', *ANSWER
 _NOT_RECORDED = ('model', 'device_map', 'use_hf', 'hub_token')
 # Settings that are told to be other than those of a result file.
 _MAX_CHANGES = 10
+# The setting that an adapter is, with its name after this.
+_ADAPTER = 'adapter '
 
 
 class ResultFile:
@@ -43,6 +45,7 @@ class ResultFile:
         self.path = Path(config.result_path)
         self.settings_path = Path(f'{config.result_path}.args.json')
         self.settings = _settings(config, args, checkpoints)
+        self._old_settings: Dict[str, Any] = {}
         self.num_finished = 0
         self._size = 0
         if config.overwrite or not self.path.exists():
@@ -52,12 +55,18 @@ class ResultFile:
         # A killed run may have left a part of a line, and nothing after it.
         self._size = content.rfind(b'\n') + 1
         lines = content[:self._size].split(b'\n')[:-1]
+        # The others are those of samples that are to come.
+        adapters = {f'{_ADAPTER}{name}' for sample in samples[:len(lines)] for name in sample.adapters}
         if lines:
-            self._check_settings()
+            self._check_settings(adapters)
         if len(lines) > len(samples):
             raise self._mismatch(f'it has {len(lines)} lines, the dataset {len(samples)} samples')
         for number, (line, sample) in enumerate(zip(lines, samples), start=1):
             self._check_line(number, line, sample, config)
+        # Not before: where the dataset is another one, it names other adapters.
+        unknown = sorted(adapters - self._old_settings.keys())
+        if unknown:
+            raise self._mismatch(f'its settings in {self.settings_path} do not have {joined(unknown)}')
         self.num_finished = len(lines)
 
     @contextmanager
@@ -67,8 +76,8 @@ class ResultFile:
             file = open(self.path, 'r+b' if self._size else 'wb')
             file.truncate(self._size)
             file.seek(self._size)
-            if not self._size:
-                # Before the first line and in one step: lines without settings could not be resumed.
+            if not self._size or self._old_settings != self.settings:
+                # Before the next line and in one step: lines without settings could not be resumed.
                 tmp = Path(f'{self.settings_path}.tmp')
                 # A path that is not Unicode has halves of surrogate pairs, which become escapes of JSON so.
                 tmp.write_text(
@@ -83,7 +92,7 @@ class ResultFile:
             with os_errors_as(f'Cannot write {self.path}'):
                 file.close()
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, adapters: Set[str]) -> None:
         try:
             old = json.loads(self.settings_path.read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError) as e:
@@ -91,9 +100,11 @@ class ResultFile:
         if not isinstance(old, dict):
             raise self._mismatch(f'its settings in {self.settings_path} are expected to be an object, found '
                                  f'{short_repr(old)}')
+        self._old_settings = old
         changed = [
             f'{key:.60} was {_show(old.get(key))} and is now {_show(self.settings.get(key))}'
-            for key in dict.fromkeys([*old, *self.settings]) if old.get(key) != self.settings.get(key)
+            for key in dict.fromkeys([*old, *self.settings])
+            if old.get(key) != self.settings.get(key) and (not key.startswith(_ADAPTER) or key in adapters & old.keys())
         ]
         if changed:
             raise self._mismatch('; '.join(changed[:_MAX_CHANGES]) + ('; ...' if len(changed) > _MAX_CHANGES else ''))
@@ -172,7 +183,7 @@ def _settings(config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[
     if config.compile_merging:
         # It rounds in another way.
         settings['compile_merging'] = True
-    settings.update({f'adapter {checkpoint.name}': checkpoint.digest()[:16] for checkpoint in checkpoints})
+    settings.update({f'{_ADAPTER}{checkpoint.name}': checkpoint.digest()[:16] for checkpoint in checkpoints})
     return settings
 
 

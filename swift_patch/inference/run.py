@@ -3,16 +3,18 @@ import time
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from ..files import os_errors_as
+from ..lora.checkpoint import AdapterCheckpoint
 from ..lora.numbers import derived_seed
 from ..patching import why_not_applied
 from .batches import batches
-from .checkpoints import AdapterCheckpoint, check_base_model, find_checkpoints
+from .checkpoints import check_base_model, find_checkpoints
 from .config import InferConfig, InferSummary
 from .dataset import DatasetError, Sample, read_dataset
-from .engine import load_model, swift_arguments
+from .engine import load_base_model, swift_arguments
 from .results import ResultFile, check_result_path, result_line, write_line
 
 if TYPE_CHECKING:
+    from ..lora.library import AdapterLibrary
     from ..ms_swift import BaseArguments, InferRequest
 
 # The keys of a sample that ms-swift's engine takes besides the messages.
@@ -42,8 +44,11 @@ def run_infer(config: InferConfig) -> InferSummary:
     if reason is not None:
         raise ValueError(reason)
     samples = read_dataset(config.val_dataset, config.adapters)
-    checkpoints = find_checkpoints(config.adapters)
     check_result_path(config)
+    used = {name for sample in samples for name in sample.adapters}
+    # The others may be ten thousand, and broken.
+    named = {name: path for name, path in config.adapters.items() if name in used}
+    checkpoints = find_checkpoints(named, config.swift_args)
     from ..lora.combination import options_of_method
     from ..lora.compiled import compile_merging
     if config.compile_merging:
@@ -92,25 +97,28 @@ def run_infer(config: InferConfig) -> InferSummary:
 
 
 class _Generator:
-    """The model with its adapters, in an engine that composes."""
+    """The base model in an engine that composes, from adapters that stay on disk."""
 
     def __init__(self, config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint],
                  samples: Sequence[Sample]):
         from ..compose.engine import FusionEngine
+        from ..lora.library import AdapterLibrary
         self.seed = args.seed
-        model, template, self.aliases = load_model(args, checkpoints)
+        model, template = load_base_model(args)
+        library = AdapterLibrary({checkpoint.name: checkpoint.path for checkpoint in checkpoints})
         self.engine = FusionEngine(
             model,
             template,
             max_batch_size=min(config.max_batch_size, len(samples)),
+            library=library,
+            adapter_name=_free_name(library),
             merge_method=config.merge_method,
             **config.composer_args)
         # Errors take the places of responses, so that the other samples of a batch are answered.
         self.engine.strict = False
+        self.engine.composer.check(list(library))
         # From all samples, so that a resumed run computes with the same shapes.
-        used = {name for sample in samples for name in sample.adapters}
-        self.engine.reserve([alias for name, alias in self.aliases.items() if name in used],
-                            max_sources=max(len(sample.adapters) for sample in samples))
+        self.engine.reserve(list(library), max_sources=max(len(sample.adapters) for sample in samples))
         self.request_config = args.get_request_config()
 
     def answer(self, batch: Sequence[int], samples: Sequence[Sample], requests: 'Sequence[InferRequest]') -> List[Any]:
@@ -119,13 +127,18 @@ class _Generator:
             [requests[number] for number in batch],
             self.request_config,
             use_tqdm=False,
-            compositions=[{
-                self.aliases[name]: weight
-                for name, weight in zip(samples[number].adapters, samples[number].weights)
-            } for number in batch],
+            compositions=[dict(zip(samples[number].adapters, samples[number].weights)) for number in batch],
             # They come from the places of the samples alone.
             seeds=[derived_seed(self.seed, number) for number in batch])
         return found
+
+
+def _free_name(library: 'AdapterLibrary') -> str:
+    """Returns a name for the fused adapter that none of the library has."""
+    name = 'fused'
+    while name in library:
+        name += '_'
+    return name
 
 
 def _line_of(config: InferConfig, sample: Sample, answer: Any) -> Dict[str, Any]:

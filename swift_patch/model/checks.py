@@ -54,7 +54,8 @@ def check_target(adapters: Adapters, config: LoraConfig, layers: AbstractSet[str
                          'before refilling it.')
     missing = layers - found.layout.places.keys()
     for variant in _VARIANTS:
-        new, old = (getattr(of_one, variant, None) for of_one in (config, adapters.configs[target]))
+        # Null and False are both off.
+        new, old = (getattr(of_one, variant, None) or None for of_one in (config, adapters.configs[target]))
         if new != old:
             raise ValueError(
                 f'Adapter {target!r} is expected to be refilled from adapters with {variant}={old!r}, as it was made, '
@@ -65,13 +66,12 @@ def check_target(adapters: Adapters, config: LoraConfig, layers: AbstractSet[str
                              '`add_weighted_adapter`.')
 
 
-def check_source(source: str, adapters: Adapters) -> None:
-    """Raises ValueError where `source` is not a LoRA that can be merged. A call looks at it once."""
-    if source in adapters.checked:
-        return
+def check_source(adapters: Adapters, source: str) -> None:
+    """Raises ValueError where `source` is not a LoRA of the model that can be merged."""
     if source not in adapters.configs:
-        raise ValueError(f'adapters is expected to name adapters of the model, {short_repr(sorted(adapters.configs))}, '
-                         f'found {short_repr(source)}.')
+        library = '' if adapters.library is None else f'the library ({len(adapters.library)}) or '
+        raise ValueError(f'adapters is expected to name adapters of {library}the model, '
+                         f'{short_repr(sorted(adapters.configs))}, found {short_repr(source)}.')
     config = adapters.configs[source]
     if not isinstance(config, LoraConfig):
         raise ValueError(f'Adapter {source!r} is expected to be a LoRA, found a {type(config).__name__}.')
@@ -86,7 +86,6 @@ def check_source(source: str, adapters: Adapters) -> None:
     if has_rows(adapters, source):
         raise ValueError(f'Adapter {source!r} is expected to be one adapter to be merged, found a fusion for each row '
                          'of a batch: compose one sample first.')
-    adapters.checked.add(source)
 
 
 def check_tensors(adapters: Adapters, name: str) -> None:

@@ -5,15 +5,16 @@ import math
 import re
 import statistics
 import torch
-from contextlib import ExitStack
 from peft.tuners.lora import LoraConfig, LoraLayer
 from torch import nn
-from typing import Any, Dict, Iterable, Mapping, Set
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Set
 
 from ..lora.factors import Factors, padded
 from .adapters import Adapters
 from .layers import adapter_containers, factors_of, groups_of, scalings_of
+from .new_adapter import inject
 from .rows import conceal
+from .undo import Undo
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ _DESCRIBED = ('r', 'lora_alpha', 'alpha_pattern', 'rank_pattern', 'target_module
               'layers_pattern', 'exclude_modules')
 
 
-def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], undo: ExitStack) -> None:
+def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, Optional[str]], undo: Undo) -> Adapters:
     """Makes sure that a fused adapter has a rank and certain layers. What it computes stays the same.
 
     Where something is missing, its parameters become new objects, which is logged, and a fusion for each row is lost.
@@ -30,29 +31,39 @@ def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], u
         adapters: the adapters of the model.
         name: the fused adapter.
         rank: the rank that it shall have at least.
-        missing: the layers that it shall have besides, each with an adapter to make it like.
+        missing: the layers that it shall have besides, each with an adapter to make it like; None where PEFT makes it.
         undo: takes what undoes it.
+
+    Returns:
+        The adapters as they are then.
     """
     found, config = adapters.factors(name), adapters.configs[name]
     old_rank = found.layout.rank
     if rank <= old_rank and not missing:
-        return
+        return adapters
+    by_peft = [layer_name for layer_name, like in missing.items() if like is None]
     old = dict(zip(found.layout.names, found.layers))
-    layers = dict(adapters.layers)
     # One rank for all layers, as the config has it, and in every layer it must be divisible by the groups.
-    multiple = math.lcm(*(groups_of(layers[layer_name]) for layer_name in (*old, *missing)))
+    modules = adapters.view.modules
+    multiple = math.lcm(*(groups_of(modules[adapters.view.index.order[layer_name]]) for layer_name in (*old, *missing)))
     rank = math.ceil(max(rank, old_rank) / multiple) * multiple
     logger.warning(
         f'Adapter {name!r} grows, rank {old_rank} -> {rank}, layers {len(old)} -> {len(old) + len(missing)}: '
         'its parameters there are new objects, which compiled or captured graphs do not know.')
     conceal(adapters, name, undo)
-    for (A, _), layer in zip(found.layout.shapes, found.layers):
-        if A[0] < rank:
+    if by_peft:
+        adapters = _injected(adapters, name, rank, by_peft, undo)
+        found = adapters.factors(name)
+    layers = dict(adapters.layers)
+    for layer in old.values():
+        target = factors_of(layer, name)
+        if target is not None and target.A.shape[0] < rank:
             _install(layer, name, name, rank, undo)
-    scaling = found.layers[0].scaling[name]
+    scaling = next(iter(old.values())).scaling[name]
     for layer_name, like in missing.items():
         layer = layers[layer_name]
-        _install(layer, name, like, rank, undo)
+        if like is not None:
+            _install(layer, name, like, rank, undo)
         # Layers must not share a scaling tensor, since each is changed in place.
         layer.scaling[name] = scaling.clone() if isinstance(scaling, torch.Tensor) else scaling
         layer.use_rslora[name], layer.use_dora[name] = config.use_rslora, False
@@ -64,9 +75,10 @@ def grow(adapters: Adapters, name: str, rank: int, missing: Mapping[str, str], u
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     adapters.changed(name)
     describe(adapters, name, config, rank)
-    if rank > old_rank:
-        # All parameters are new objects now.
+    if rank > old_rank or by_peft:
+        # All parameters are new objects now, or some are in other memory.
         adapters.pack(name, undo)
+    return adapters
 
 
 def describe(adapters: Adapters, name: str, config: LoraConfig, rank: int) -> None:
@@ -82,6 +94,26 @@ def describe(adapters: Adapters, name: str, config: LoraConfig, rank: int) -> No
     config.r, config.rank_pattern = rank, {}
     config.lora_alpha = statistics.mode(alphas.values())
     config.alpha_pattern = _pattern(alphas, config.lora_alpha)
+
+
+def _injected(adapters: Adapters, name: str, rank: int, layer_names: Sequence[str], undo: Undo) -> Adapters:
+    """Has PEFT put a fused adapter into layers that it lacks, where it holds zeros then."""
+    config = copy.deepcopy(adapters.configs[name])
+    config.r = config.lora_alpha = rank
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    config.target_modules = _targets(set(layer_names), adapters.view.index.names, is_expression=False)
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    dtype = adapters.factors(name).parameters[0].dtype
+    adapters = inject(adapters, name, config, undo)
+    layers = dict(adapters.layers)
+    for layer_name in layer_names:
+        target = factors_of(layers[layer_name], name) if layer_name in layers else None
+        if target is None:
+            raise ValueError(f'Layer {layer_name!r} is expected to take adapter {name!r}, but did not.')
+        with torch.no_grad():
+            for factor in target:
+                factor.data = factor.data.to(dtype).zero_()
+    return adapters
 
 
 def _pattern(alphas: Mapping[str, float], common: float) -> Dict[str, float]:
@@ -119,7 +151,7 @@ def _ends(name: str) -> Iterable[str]:
         yield name
 
 
-def _install(layer: LoraLayer, name: str, like: str, rank: int, undo: ExitStack) -> None:
+def _install(layer: LoraLayer, name: str, like: str, rank: int, undo: Undo) -> None:
     """Puts parameters of rank `rank` for `name` into `layer`, in all else as adapter `like` has it there.
 
     They hold what they held, filled up with zeros; only zeros where `like` is another adapter.

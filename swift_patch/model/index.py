@@ -8,12 +8,12 @@ no module: everything is referred to weakly.
 import weakref
 from functools import cached_property
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-_modules_of = attrgetter('_modules')
+_modules_of, _base_layer_of = attrgetter('_modules'), itemgetter('base_layer')
 
 
 class LoraIndex:
@@ -73,8 +73,8 @@ class LoraIndex:
         get = modules.__getitem__
         try:
             children = list(map(_modules_of, map(get, self._parents)))
-            base_layers = [layer._modules.get('base_layer') for layer in map(get, self._lora_layers)]  # type: ignore
-        except AttributeError:  # one is gone
+            base_layers = list(map(_base_layer_of, map(_modules_of, map(get, self._lora_layers))))
+        except (AttributeError, KeyError):  # one is gone
             return None
         # The place -1 is that of None.
         modules.append(None)
@@ -87,6 +87,11 @@ class LoraIndex:
             return None
         modules.pop()
         return View(self, modules)
+
+    @cached_property
+    def order(self) -> Dict[str, int]:
+        """The place of each module, by name."""
+        return {name: place for place, name in enumerate(self.names)}
 
     def places(self, classes: Tuple[type, ...], modules: List[Any]) -> List[int]:
         """Returns the places of the modules that are instances of one of `classes`."""
@@ -113,7 +118,7 @@ class View:
     def adapter_modules(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
         """By LoRA layer, the modules of all adapters that hold A, and those that hold B, by adapter."""
         children = [layer._modules for _, layer in self.layers]
-        A, B = ([of_layer[side]._modules for of_layer in children] for side in ('lora_A', 'lora_B'))
+        A, B = (list(map(_modules_of, map(itemgetter(side), children))) for side in ('lora_A', 'lora_B'))
         return A, B
 
     def of_type(self, *classes: type) -> List[Tuple[str, Any]]:

@@ -1,4 +1,5 @@
 """One LoRA layer of PEFT or ms-swift: where it keeps what belongs to an adapter."""
+from operator import attrgetter, itemgetter
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -8,6 +9,8 @@ from ..lora.factors import Factors
 
 # Keyed by adapter name in every LoRA layer, besides those that `adapter_layer_names` and `other_param_names` list.
 _MORE_CONTAINERS = ('use_rslora', 'use_dora', 'lora_bias', 'lora_variant')
+
+_active_of, _scaling_of = attrgetter('_active_adapter'), attrgetter('scaling')
 
 # One `ModuleDict` of a LoRA layer, keyed by adapter: the layer, the attribute, and the modules as they are now.
 Holder = Tuple[LoraLayer, str, Dict[str, nn.Module]]
@@ -55,15 +58,29 @@ def has_adapter(layer: LoraLayer, adapter: str) -> bool:
     return adapter in children['lora_A']._modules or adapter in children['lora_embedding_A']._parameters
 
 
+def is_active_alone(layers: Sequence[LoraLayer], adapter: str) -> bool:
+    """Returns whether `adapter`, and no other, is active in each layer."""
+    # What the property `active_adapters` reads. In C, for this is asked for every sample.
+    active = list(map(_active_of, layers))
+    return active == [[adapter]] * len(active) or all(value in (adapter, [adapter]) for value in active)
+
+
 def scalings_of(layers: Sequence[LoraLayer], adapter: str) -> List[float]:
     """Returns the scaling of `adapter` in each layer. PEFT keeps it in a tensor where adapters are hot-swapped."""
-    scalings = [layer.scaling[adapter] for layer in layers]
+    scalings = list(map(itemgetter(adapter), map(_scaling_of, layers)))
     return scalings if set(map(type, scalings)) == {float} else list(map(float, scalings))
 
 
-def groups_of(layer: LoraLayer) -> int:
+def base_of(layer: nn.Module) -> nn.Module:
+    """Returns the layer that LoRA layers wrap, however many; a layer that none wraps as it is."""
+    while isinstance(layer, LoraLayer):
+        layer = layer.base_layer
+    return layer
+
+
+def groups_of(layer: nn.Module) -> int:
     """Returns the groups of a convolution, which part the rank too; 1 for any other layer."""
-    return getattr(layer.get_base_layer(), 'groups', 1)
+    return getattr(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer, 'groups', 1)
 
 
 def is_transposed(layer: LoraLayer) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, device, nn
 from typing import Any, Dict, FrozenSet, Mapping, Optional, Tuple, TypeVar
 
 from ..lora.combination import MergeOptions
+from ..lora.stored import StoredAdapter
 from .index import LoraIndex, View
 
 _T = TypeVar('_T')
@@ -118,6 +119,7 @@ class Memory:
         index: where its modules are.
         layouts: where the factors of each adapter lie, see `packing.Layout`.
         new: what new adapters would be, by the sources' configs, and in which layers, by their own, see `new_adapter`.
+        stored: what adapters of a library are in it, see `stored`.
         lock: held while an adapter is packed and written, for one thread would move what another one reads.
     """
 
@@ -126,6 +128,7 @@ class Memory:
         self.index: Optional[LoraIndex] = None
         self.layouts: Dict[str, Any] = {}
         self.new: 'OrderedDict[Any, Any]' = OrderedDict()
+        self.stored: 'weakref.WeakKeyDictionary[StoredAdapter, Any]' = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, model: nn.Module) -> 'Memory':
@@ -144,12 +147,20 @@ class Memory:
             # What is remembered of the layers names their places in the index.
             self.layouts.clear()
             self.new.clear()
+            self.stored.clear()
             self.index = LoraIndex(model)
             view = self.index.look(model)
         return view
 
+    def known(self, key: Any) -> Any:
+        """Returns what is remembered of new adapters, None where that is nothing."""
+        found = self.new.get(key)
+        if found is not None:
+            self.new.move_to_end(key)
+        return found
+
     def remember_new(self, key: Any, found: _T) -> _T:
-        """Remembers what a new adapter would be; what was remembered first is forgotten first."""
+        """Remembers what a new adapter would be; what was not asked for the longest goes first."""
         self.new[key] = found
         if len(self.new) > _MAX_NEW:
             self.new.popitem(last=False)

@@ -11,17 +11,18 @@ import warnings
 from dataclasses import fields, replace
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from typing import Any, Dict, FrozenSet, Optional, Sequence, Set, Tuple, Union
 
 from ..errors import short_repr
 from ..lora.changes_base import changes_base
 from .adapters import Adapters
-from .layers import groups_of, has_adapter
+from .layers import factors_of, groups_of, has_adapter
 from .memory import NewAdapter
-from .undo import copied_containers
+from .undo import Tree, Undo, copied_containers
 
-# The name of the adapter in the copy.
-_NAME = 'new'
+# The name of the adapter in a copy.
+NEW_NAME = 'new'
 # What makes a LoRA layer compute something else, or PEFT do something besides: it matters to no layer's being one.
 _PLAIN: Dict[str, Any] = {
     'init_lora_weights': False,
@@ -46,22 +47,23 @@ _PLAIN: Dict[str, Any] = {
 }
 
 
-def new_adapter(adapters: Adapters, sources: Sequence[str], combination_type: str, rank: int) -> NewAdapter:
+def new_adapter(adapters: Adapters, sources: Sequence[str], configs: Sequence[LoraConfig], combination_type: str,
+                rank: int) -> NewAdapter:
     """Returns what a new adapter would be that is merged from these sources.
 
     Args:
         adapters: the adapters of the model.
-        sources: the names of the sources, all of them LoRAs of the model.
+        sources: the names of the sources, all of them LoRAs.
+        configs: the config of each.
         combination_type: how they are merged.
         rank: the rank of the new adapter.
 
     Raises:
         ValueError: PEFT would make none.
     """
-    configs = [adapters.config(source) for source in sources]
     key = (_settings(configs[0]), *(_hashable(config.target_modules)
                                     for config in configs[1:]), combination_type == 'average', rank)
-    found: Optional[NewAdapter] = adapters.memory.new.get(key)
+    found: Optional[NewAdapter] = adapters.memory.known(key)
     if found is None:
         config = _config(configs, sources, combination_type, rank)
         found = adapters.memory.remember_new(key, NewAdapter(config, _layers(adapters, sources, config)))
@@ -117,36 +119,98 @@ def _config(configs: Sequence[LoraConfig], sources: Sequence[str], combination_t
     return replace(configs[0], target_modules=target_modules, **changes)
 
 
-def _layers(adapters: Adapters, sources: Sequence[str], config: LoraConfig) -> 'frozenset[str]':
-    """Returns the names of the layers that PEFT would put an adapter of this config in."""
+def remember_layers(adapters: Adapters, config: LoraConfig, layers: 'frozenset[str]') -> None:
+    """Remembers that PEFT put an adapter of this config into these layers of a copy."""
+    adapters.memory.remember_new(_settings(_plain(adapters, config)), layers)
+
+
+def _plain(adapters: Adapters, config: LoraConfig) -> LoraConfig:
+    """Returns a copy of a config that says no more than which layers an adapter is in."""
     plain = {name: value for name, value in _PLAIN.items() if hasattr(config, name)}
     # Of a rank that every layer can have: a fused adapter has the next larger one then.
-    plain['r'] = math.lcm(*(groups_of(layer) for _, layer in adapters.layers))
-    plain_config = replace(copy.deepcopy(config), **plain)
+    plain['r'] = math.lcm(*(groups_of(layer) for _, layer in adapters.layers),
+                          *(module.groups for _, module in adapters.view.of_type(_ConvNd)))
+    return replace(copy.deepcopy(config), **plain)
+
+
+def _layers(adapters: Adapters, sources: Sequence[str], config: LoraConfig) -> 'frozenset[str]':
+    """Returns the names of the layers that PEFT would put an adapter of this config in."""
+    plain_config = _plain(adapters, config)
     # The rank, and how many sources there are, make no other layers.
     key = _settings(plain_config)
-    known: Optional[FrozenSet[str]] = adapters.memory.new.get(key)
+    known: Optional[FrozenSet[str]] = adapters.memory.known(key)
     if known is not None:
         return known
+    try:
+        layers = injected_copy(adapters, plain_config)
+    except ValueError as e:
+        raise ValueError(f'PEFT is expected to make a new adapter from {short_repr(list(sources))}, but does not: '
+                         f'{e}') from e
+    return adapters.memory.remember_new(key, frozenset(layers))
+
+
+def injected_copy(adapters: Adapters, config: LoraConfig) -> Dict[str, LoraLayer]:
+    """Returns the layers, by name, that an adapter would be in: copies without values, with that adapter alone.
+
+    Args:
+        adapters: the adapters of the model.
+        config: the config of the adapter, `NEW_NAME` in the copies. PEFT changes it as it changes that of an adapter.
+
+    Raises:
+        ValueError: PEFT makes none.
+    """
     model = _without_values(adapters.model)
     tuner = injecting_tuner(adapters, model)
-    tuner.peft_config[_NAME] = plain_config
+    tuner.peft_config[NEW_NAME] = config
     # PEFT warns again when the adapter is made, if it is; and nobody's random numbers change.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device('meta'):
         warnings.simplefilter('ignore')
-        try:
-            tuner.inject_adapter(model, _NAME)
-        except ValueError as e:
-            raise ValueError(f'PEFT is expected to make a new adapter from {short_repr(list(sources))}, but does not: '
-                             f'{e}') from e
-    names = [
-        name for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and has_adapter(layer, _NAME)
-    ]
-    layers = dict(adapters.layers)
-    for name in names:
-        if name not in layers:
-            raise nothing_to_merge(name, sources)
-    return adapters.memory.remember_new(key, frozenset(names))
+        tuner.inject_adapter(model, NEW_NAME)
+    layers = {
+        name: layer
+        for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and has_adapter(layer, NEW_NAME)
+    }
+    if getattr(config, 'lora_dtype', None) is None:
+        for layer in layers.values():
+            _take_dtype_of_base(layer)
+    if isinstance(adapters.tuner, LoraModel):
+        # As where PEFT loads an adapter.
+        tuner._cast_adapter_dtype(NEW_NAME, autocast_adapter_dtype=True)
+    return layers
+
+
+def inject(adapters: Adapters, name: str, config: LoraConfig, undo: Undo) -> Adapters:
+    """Has PEFT, or ms-swift, put an adapter into the layers that a config names, and returns the adapters then.
+
+    Args:
+        adapters: the adapters of the model.
+        name: the name of the adapter.
+        config: the config. Whose it is stays as it is.
+        undo: takes what undoes it.
+    """
+    tree = Tree(adapters.tuner)
+    undo.callback(tree.restore)
+    injecting = injecting_tuner(adapters, adapters.model)
+    injecting.peft_config[name] = config
+    # PEFT changes what needs a gradient, which inference tensors allow in their own mode alone.
+    with torch.inference_mode(any(parameter.is_inference() for parameter in adapters.model.parameters())):
+        injecting.inject_adapter(adapters.model, name)
+        for parameter in adapters.model.parameters():
+            if tree.is_new(parameter):
+                parameter.requires_grad = False
+    return Adapters.of(adapters.tuner, adapters.library)
+
+
+def _take_dtype_of_base(layer: LoraLayer) -> None:
+    """Gives the factors of a copy the dtype of the base layer, which PEFT does to none on the meta device."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.MultiheadAttention):
+        base = base.out_proj
+    weight, pair = getattr(base, 'weight', None), factors_of(layer, NEW_NAME)
+    # Not that of a quantized weight.
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        for factor in pair or ():
+            factor.data = factor.data.to(weight.dtype)
 
 
 def nothing_to_merge(layer_name: str, sources: Sequence[str]) -> ValueError:

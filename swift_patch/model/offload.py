@@ -13,7 +13,12 @@ def plain_tensors(adapters: Adapters) -> Iterator[None]:
     # Not of all parameters, which are as many as there are adapters. A model is on the CPU, on one kind of accelerator,
     # or on both.
     layers = [layer for _, layer in (*adapters.layers[:1], *adapters.layers[-1:])]
-    devices = {'cpu', *(next(layer.parameters()).device.type for layer in layers)} - {'meta'}
+    if layers:
+        of_model = {next(layer.parameters()).device.type for layer in layers}
+    else:
+        # Once, for then it has some.
+        of_model = {parameter.device.type for parameter in adapters.model.parameters()}
+    devices = {'cpu', *of_model} - {'meta'}
     with ExitStack() as stack:
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))

@@ -5,20 +5,23 @@ element by element, a handful, whatever the number of layers. Packing takes no m
 objects, at other addresses. What is remembered is compared with the model at each use, address by address: an adapter
 that was moved, cast, copied or reloaded is looked at anew.
 """
-import sys
 import threading
 import torch
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from itertools import accumulate
+from operator import attrgetter, itemgetter
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from ..lora.combination import Form
 from ..lora.factors import Factors, formed
+from ..lora.holders import ALONE, holders
 from .index import View
 from .layers import factors_of, groups_of, has_adapter, is_sharded, is_transposed, scalings_of
+
+_parameters_of, _weight_of = attrgetter('_parameters'), itemgetter('weight')
 
 # Two threads that pack one adapter would each get half of it.
 _lock = threading.Lock()
@@ -35,6 +38,8 @@ class Layout:
         places: by name, the layer's place in these lists.
         shapes: the shapes of A and B.
         rank: the largest rank.
+        groups: the groups of the layers, see `layers.groups_of`.
+        is_transposed: whether the base layers keep their weights as (in_features, out_features).
         runs: a number that layers of one kind share where their A follow one another in memory, and so do their B.
         biased: the places of the layers that have a bias beside B.
         is_one_run: whether all A follow one another in memory, and so do all B.
@@ -65,6 +70,8 @@ class Layout:
         self.places = {name: i for i, name in enumerate(self.names)}
         self.shapes = [(kind[0][0], kind[1][0]) for kind, same in kinds.items() for _ in same]
         self.rank = max((A[0] for A, _ in self.shapes), default=0)
+        self.groups = [kind[-2] for kind, same in kinds.items() for _ in same]
+        self.is_transposed = [kind[-1] for kind, same in kinds.items() for _ in same]
         self.biased = [i for i, (_, _, layer) in enumerate(found) if layer.lora_bias.get(adapter)]
         self._adapter = adapter
         # An embedding has A and B as parameters; a parametrized module has no parameter `weight`.
@@ -91,7 +98,7 @@ class Layout:
         self._firsts = [i for i, run in enumerate(self.runs) if i == run]
         self.addresses, self._facts = list(map(Tensor.data_ptr, parameters)), self._facts_of(parameters)
 
-    def is_like(self, other: 'Layout') -> bool:
+    def is_like(self, other: Any) -> bool:
         """Returns whether another adapter has factors of the same shapes in the same layers, in as many runs."""
         return self is other or (self.names == other.names and self.runs == other.runs and self.shapes == other.shapes
                                  and self.is_one_run == other.is_one_run)
@@ -110,10 +117,8 @@ class Layout:
         name = self._adapter
         if self._has_modules:
             # Past everything that is not a dict: this is most of the time of a small merge.
-            return [
-                modules[number][name]._parameters['weight'] for modules in view.adapter_modules
-                for number in self._numbers
-            ]
+            modules = (modules for side in view.adapter_modules for modules in map(side.__getitem__, self._numbers))
+            return list(map(_weight_of, map(_parameters_of, map(itemgetter(name), modules))))
         pairs = [factors_of(layer, name) for layer in self.layers(view)]
         if None in pairs:
             raise KeyError(name)
@@ -242,7 +247,7 @@ def _is_in_a_row(parameters: Sequence[Tensor]) -> bool:
 def _is_own(parameters: Sequence[Tensor]) -> bool:
     """Whether nothing but these parameters holds their memory, so that they may be moved to another place."""
     used: Dict[int, int] = Counter()
-    holders: Dict[int, int] = {}
+    tensors: Dict[int, int] = {}
     for parameter in parameters:
         # Parameters of other classes keep their values in ways of their own.
         if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.is_inference():
@@ -252,23 +257,8 @@ def _is_own(parameters: Sequence[Tensor]) -> bool:
         if parameter.device.type == 'cpu' and not parameter.untyped_storage().resizable():
             # It is that of a NumPy array, of a buffer, or of a file, or was given to one.
             return False
-        key, references, holders[key] = _holders(parameter)
-        if references > _ALONE:
+        key, references, tensors[key] = holders(parameter)
+        if references > ALONE:
             return False
         used[key] += 1
-    return used == holders
-
-
-def _holders(tensor: Tensor) -> Tuple[int, int, int]:
-    """Returns what names a tensor's memory, how many in Python refer to it, and how many tensors have it.
-
-    Tensors are those of `state_dict`, of an optimizer's flat buffer, of a second model, of a graph that waits for its
-    backward pass.
-    """
-    # Python has one object for a storage, whoever asks for it. It holds the memory, too.
-    storage = tensor.untyped_storage()
-    return storage._cdata, sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata) - 1
-
-
-# How many in Python refer to the memory of a tensor while this module looks at it. Releases of PyTorch differ.
-_, _ALONE, _ = _holders(torch.empty(1))
+    return used == tensors

@@ -3,7 +3,7 @@ import math
 import torch
 from dataclasses import dataclass, replace
 from operator import ne
-from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.lora import LoraConfig
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import errors_of_sample, short_repr
@@ -11,10 +11,8 @@ from ..lora.combination import CombinationType, Form, MergeOptions
 from ..lora.composition import Composition
 from ..lora.factors import Factors, Source, formed
 from ..lora.merging import reference_scaling
-from .adapters import Adapters
-from .checks import check_modules_to_save, check_source
-from .layers import groups_of, is_transposed
 from .new_adapter import new_adapter, nothing_to_merge
+from .sources import Sources
 
 Shapes = Tuple[torch.Size, torch.Size]
 
@@ -24,7 +22,7 @@ class Batch(NamedTuple):
 
     Attributes:
         names: the layers' names in the model.
-        layers: the layers.
+        groups: the groups of each, see `layers.groups_of`.
         shapes: the shapes of A and B that the first source has in each.
         like: the first source that has them, to make a missing one like.
         form: the form of the sources' factors.
@@ -34,7 +32,7 @@ class Batch(NamedTuple):
         span: where the layers are among those of every source, from and to; None where sources differ in that.
     """
     names: Tuple[str, ...]
-    layers: Tuple[LoraLayer, ...]
+    groups: Tuple[int, ...]
     shapes: List[Shapes]
     like: str
     form: Form
@@ -64,31 +62,30 @@ class Plan:
     layers: Dict[str, Tuple[int, float]]
 
 
-def plan_merge(adapters: Adapters, composition: Composition) -> Plan:
+def plan_merge(sources: Sources, composition: Composition) -> Plan:
     """Checks a merge and finds its tensors. Changes nothing.
 
     Args:
-        adapters: the adapters of the model.
+        sources: the adapters that it may take.
         composition: what to merge, and how.
 
     Raises:
         ValueError: the sources cannot be merged this way.
     """
-    sources, options, combination = composition.sources, composition.options, composition.combination
-    for source in dict.fromkeys(sources):
-        check_source(source, adapters)
-    check_modules_to_save(adapters, sources)
-    ranks = {source: adapters.config_rank(source) for source in sources}
+    names, options, combination = composition.sources, composition.options, composition.combination
+    for name in dict.fromkeys(names):
+        sources.check(name)
+    sources.check_modules_to_save(names)
+    ranks = {name: sources.config_rank(name) for name in names}
     combination.check_ranks(ranks)
-    config_rank = combination.fused_rank([ranks[source] for source in sources], options.svd_rank)
-    new = new_adapter(adapters, sources, combination.name, config_rank)
+    config_rank = combination.fused_rank([ranks[name] for name in names], options.svd_rank)
+    new = new_adapter(sources.adapters, names, [sources.config(name) for name in names], combination.name, config_rank)
     # Tensors that were padded or swapped may have more.
-    rank = config_rank if combination.rank == 'max' else combination.fused_rank(
-        [adapters.rank(source) for source in sources])
+    rank = config_rank if combination.rank == 'max' else combination.fused_rank([sources.rank(name) for name in names])
     # A clamp's threshold is a quantile of one layer's factors.
     form = 'layer' if combination.rank == 'max' and options.svd_clamp is not None else combination.form
     batches = []
-    for run in _runs(adapters, sources, form, new.layers):
+    for run in _runs(sources, names, form, new.layers):
         _check_run(run, composition)
         # Sources that were offloaded to the CPU are merged where the first one is.
         device = run.parts[0].factors.A.device
@@ -102,9 +99,8 @@ def plan_merge(adapters: Adapters, composition: Composition) -> Plan:
         else:
             # PEFT gives the new adapter α = r.
             scaling = math.sqrt(config_rank) if new.config.use_rslora else 1.0
-        names, layers = tuple(run.layers), tuple(run.layers.values())
         batches.append(
-            Batch(names, layers, run.shapes, sources[run.parts[0].number], form, tensors, is_transposed(layers[0]),
+            Batch(run.names, run.groups, run.shapes, names[run.parts[0].number], form, tensors, run.is_transposed,
                   scaling, run.span))
     of_layers = {
         layer_name: (A[0] if combination.rank == 'same' else rank, batch.scaling)
@@ -114,13 +110,13 @@ def plan_merge(adapters: Adapters, composition: Composition) -> Plan:
     return Plan(options, combination, rank, new.config, batches, of_layers)
 
 
-def plan_rows(adapters: Adapters, compositions: Sequence[Composition]) -> List[Optional[Plan]]:
+def plan_rows(sources: Sources, compositions: Sequence[Composition]) -> List[Optional[Plan]]:
     """Checks the merges of a batch and finds their tensors; None for the base model alone. Changes nothing.
 
     Rows whose sources are alike in all but their values share a plan, but for the tensors and the weights.
 
     Args:
-        adapters: the adapters of the model.
+        sources: the adapters that they may take.
         compositions: what to merge for each row, and how.
 
     Raises:
@@ -134,36 +130,35 @@ def plan_rows(adapters: Adapters, compositions: Sequence[Composition]) -> List[O
             plans.append(None)
             continue
         with errors_of_sample(number, len(compositions)):
-            for source in composition.sources:
-                if source not in kinds:
-                    check_source(source, adapters)
-                    alike = (kind for other, kind in kinds.items() if _are_alike(adapters, source, other))
-                    kinds[source] = next(alike, len(kinds))
-            key = (composition.options, *(kinds[source] for source in composition.sources))
+            for name in composition.sources:
+                if name not in kinds:
+                    sources.check(name)
+                    alike = (kind for other, kind in kinds.items() if _are_alike(sources, name, other))
+                    kinds[name] = next(alike, len(kinds))
+            key = (composition.options, *(kinds[name] for name in composition.sources))
             plan = made.get(key)
             if plan is None or any(batch.span is None for batch in plan.batches):
-                plan = made[key] = plan_merge(adapters, composition)
+                plan = made[key] = plan_merge(sources, composition)
             else:
-                check_modules_to_save(adapters, composition.sources)
-                plan = replace(plan, batches=[_batch_like(adapters, batch, composition) for batch in plan.batches])
+                sources.check_modules_to_save(composition.sources)
+                plan = replace(plan, batches=[_batch_like(sources, batch, composition) for batch in plan.batches])
         plans.append(plan)
     return plans
 
 
-def _are_alike(adapters: Adapters, source: str, other: str) -> bool:
+def _are_alike(sources: Sources, name: str, other: str) -> bool:
     """Whether two sources have equal configs, and factors of equal shapes in the same layers and the same order."""
-    first, second = adapters.factors(source), adapters.factors(other)
-    return (adapters.config(source) == adapters.config(other) and adapters.record_of_source(source) is None
-            and adapters.record_of_source(other) is None and first.scalings == second.scalings
-            and first.layout.is_like(second.layout))
+    return (sources.config(name) == sources.config(other) and sources.record(name) is None
+            and sources.record(other) is None and sources.scalings(name) == sources.scalings(other)
+            and sources.layout(name).is_like(sources.layout(other)))
 
 
-def _batch_like(adapters: Adapters, batch: Batch, composition: Composition) -> Batch:
+def _batch_like(sources: Sources, batch: Batch, composition: Composition) -> Batch:
     """Returns a batch with the tensors and the weights of sources that are like its own."""
     assert batch.span is not None
     device, found = batch.sources[0].A.device, []
-    for source, weight, old in zip(composition.sources, composition.weights, batch.sources):
-        A, B = adapters.factors(source).formed(*batch.span, batch.form)
+    for name, weight, old in zip(composition.sources, composition.weights, batch.sources):
+        A, B = sources.factors(name).formed(*batch.span, batch.form)
         found.append(Source(A.to(device), B.to(device), weight, old.scaling))
     return batch._replace(sources=found, like=composition.sources[0])
 
@@ -187,33 +182,37 @@ class _Run(NamedTuple):
     """Layers that can be merged together.
 
     Attributes:
-        layers: the layers by name.
+        names: see `Batch`.
+        groups: see `Batch`.
+        is_transposed: see `Batch`.
         shapes: the shapes of A and B that the first source has in each.
         parts: what each source has in all of them.
         span: see `Batch`.
     """
-    layers: Dict[str, LoraLayer]
+    names: Tuple[str, ...]
+    groups: Tuple[int, ...]
+    is_transposed: bool
     shapes: List[Shapes]
     parts: List[_Part]
     span: Optional[Tuple[int, int]] = None
 
 
-def _runs(adapters: Adapters, sources: Sequence[str], form: Form, wanted: 'frozenset[str]') -> Iterator[_Run]:
+def _runs(sources: Sources, names: Sequence[str], form: Form, wanted: 'frozenset[str]') -> Iterator[_Run]:
     """Yields the layers of a new adapter, those together that can be merged together.
 
     Args:
-        adapters: the adapters of the model.
-        sources: the names of the sources.
+        sources: the adapters that a merge may take.
+        names: those that it takes.
         form: the form that the combination type takes.
         wanted: the names of the layers.
     """
-    every = [adapters.factors(source) for source in sources]
+    every = [sources.factors(name) for name in names]
     first = every[0].layout
     is_alike = first.name_set == wanted and all(
         found.layout is first or (found.layout.names == first.names and found.layout.runs == first.runs)
-        for found in every) and not any(adapters.record_of_source(source) for source in sources)
+        for found in every) and not any(sources.record(name) for name in names)
     if form == 'layer' or not is_alike:
-        yield from _single_layers(adapters, sources, form, wanted)
+        yield from _single_layers(sources, names, form, wanted)
         return
     is_one_run = form == 'elements' and all(found.layout.is_one_run and found.layout.shapes == first.shapes
                                             for found in every)
@@ -221,40 +220,40 @@ def _runs(adapters: Adapters, sources: Sequence[str], form: Form, wanted: 'froze
     kinds = list(zip([0] * len(first.names) if is_one_run else first.runs, *scalings))
     ends = [end for end, differs in enumerate(map(ne, kinds[1:], kinds), 1) if differs]
     for begin, end in zip([0, *ends], [*ends, len(kinds)]):
-        yield _Run(
-            dict(zip(first.names[begin:end], every[0].layers[begin:end])), first.shapes[begin:end], [
-                _Part(i, found.layout.shapes[begin], found.formed(begin, end, form), scalings[i][begin])
-                for i, found in enumerate(every)
-            ], (begin, end))
+        yield _Run(first.names[begin:end], tuple(first.groups[begin:end]), first.is_transposed[begin],
+                   first.shapes[begin:end], [
+                       _Part(i, found.layout.shapes[begin], found.formed(begin, end, form), scalings[i][begin])
+                       for i, found in enumerate(every)
+                   ], (begin, end))
 
 
-def _single_layers(adapters: Adapters, sources: Sequence[str], form: Form, wanted: 'frozenset[str]') -> Iterator[_Run]:
+def _single_layers(sources: Sources, names: Sequence[str], form: Form, wanted: 'frozenset[str]') -> Iterator[_Run]:
     """Yields the layers one by one, in the order of the model."""
-    for name, layer in adapters.layers:
-        if name not in wanted:
-            continue
+    for layer_name in sources.adapters.in_order(wanted):
         parts, shapes = [], []
-        for number, source in enumerate(sources):
-            found = adapters.source(source, name)
+        for number, name in enumerate(names):
+            found = sources.source(name, layer_name)
             if found is not None:
                 pair, scaling = found
                 shapes.append((pair.A.shape, pair.B.shape))
                 pair = Factors(*(factor.detach().unsqueeze(0) for factor in pair))
                 parts.append(_Part(number, shapes[-1], formed(pair, form), scaling))
         if not parts:
-            raise nothing_to_merge(name, sources)
-        yield _Run({name: layer}, shapes[:1], parts)
+            raise nothing_to_merge(layer_name, names)
+        layout = sources.layout(names[parts[0].number])
+        place = layout.places[layer_name]
+        yield _Run((layer_name, ), (layout.groups[place], ), layout.is_transposed[place], shapes[:1], parts)
 
 
 def _check_run(run: _Run, composition: Composition) -> None:
     """Raises ValueError where the sources of a run of layers cannot be merged."""
-    combination, sources, name = composition.combination, composition.sources, next(iter(run.layers))
+    combination, sources, name = composition.combination, composition.sources, run.names[0]
     shapes = {(*A[1:], B[0]) for _, (A, B), _, _ in run.parts}
     if len(shapes) > 1:
         raise ValueError(f'Adapters {short_repr(list(sources))} are expected to be of one shape in layer {name!r}, '
                          f'found {sorted(shapes)}.')
     combination.check_ranks({sources[part.number]: part.shapes[0][0] for part in run.parts}, f' in layer {name!r}')
-    count, device = groups_of(run.layers[name]), run.parts[0].factors.A.device
+    count, device = run.groups[0], run.parts[0].factors.A.device
     if combination.rank == 'max' and count > 1:
         raise ValueError(f'combination_type {combination.name!r} expects layers of one group, found layer {name!r}, a '
                          f"convolution in {count} groups: use 'linear' or 'average'.")

@@ -6,16 +6,13 @@ rows are one piece of memory, which `variant.RowsVariant` reads.
 import re
 import torch
 from contextlib import ExitStack
-from itertools import accumulate
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ..errors import RowsError
-from ..lora.combination import Form
-from ..lora.factors import Factors, formed
 from .adapters import Adapters
-from .layers import groups_of
+from .arrangement import Arrangement, Factor, FlatFactors, LayerFactors
 from .packing import AdapterFactors
 from .variant import RowsVariant, reads_variants
 
@@ -24,9 +21,6 @@ _OF_OTHERS = re.compile('vision|visual|image|video|audio|speech')
 
 # Models (of their authors' own code) whose layers get (sequence, batch, features).
 _SEQUENCE_FIRST = ('chatglm', 'codegeex4')
-
-# Where a tensor of a row is: the dtype and the device of the memory, the offset in it, the shape.
-_Place = Tuple[torch.dtype, torch.device, int, torch.Size]
 
 
 class Rows:
@@ -47,22 +41,16 @@ class Rows:
     def __init__(self, target: AdapterFactors, capacity: int):
         self.capacity = capacity
         self._key = _key_of(target)
-        sizes: Dict[Tuple[torch.dtype, torch.device], int] = {}
-        self._sides: List[List[_Place]] = []
-        for side in target.layout.sides(target.parameters):
-            places = []
-            for parameter in side:
-                kind = parameter.dtype, parameter.device
-                places.append((*kind, sizes.get(kind, 0), parameter.shape))
-                sizes[kind] = places[-1][2] + parameter.numel()
-            self._sides.append(places)
+        layout = target.layout
+        self.layout = Arrangement(
+            LayerFactors(name, Factor.of(A), Factor.of(B), groups, is_transposed) for name, A, B, groups, is_transposed
+            in zip(layout.names, *layout.sides(target.parameters), layout.groups, layout.is_transposed))
         with torch.inference_mode(False):
             self._memory = {
                 # Written to now, for memory that is new costs more than what is merged into it.
                 kind: torch.empty((capacity, size), dtype=kind[0], device=kind[1]).zero_()
-                for kind, size in sizes.items()
+                for kind, size in self.layout.sizes.items()
             }
-        self.layout = _RowLayout(target, is_one_run=len(sizes) == 1)
         self.variants = [RowsVariant(name) for name in target.layout.names]
         # What the variants read, and how many rows of it, which are mostly as many as the last time.
         self._shown: List[Tuple[Tensor, Tensor]] = []
@@ -72,9 +60,12 @@ class Rows:
         """Returns whether these are rows for the fused adapter as it is now, and for so many."""
         return count <= self.capacity and self._key == _key_of(target)
 
-    def row(self, number: int, target: AdapterFactors) -> 'RowFactors':
+    def row(self, number: int, target: AdapterFactors) -> FlatFactors:
         """Returns a row, to write to it."""
-        return RowFactors(self, number, target)
+        return FlatFactors(self.layout, {
+            kind: memory[number]
+            for kind, memory in self._memory.items()
+        }, target.scalings)
 
     def clear(self, number: int) -> None:
         """Fills a row with zeros: the base model alone."""
@@ -97,15 +88,8 @@ class Rows:
 
     def view(self, side: int, place: int) -> Tensor:
         """Returns A (side 0) or B (side 1) of one layer in all rows, rows in front."""
-        dtype, device, offset, shape = self._sides[side][place]
-        memory = self._memory[dtype, device]
-        return memory[:, offset:offset + shape.numel()].view(self.capacity, *shape)
-
-    def run(self, side: int, number: int, begin: int, end: int) -> Tensor:
-        """Returns the elements of the layers from `begin` to `end`, all of one kind or of one run, in one row."""
-        dtype, device, offset, _ = self._sides[side][begin]
-        last = self._sides[side][end - 1]
-        return self._memory[dtype, device][number, offset:last[2] + last[3].numel()]
+        kind, first, shape = self.layout.sides[side][place]
+        return self._memory[kind][:, first:first + shape.numel()].view(self.capacity, *shape)
 
 
 def rows_for(adapters: Adapters, name: str, count: int, undo: ExitStack) -> Rows:
@@ -127,24 +111,18 @@ def rows_for(adapters: Adapters, name: str, count: int, undo: ExitStack) -> Rows
     return memory.rows
 
 
-def check_rows(adapters: Adapters, name: str, missing: Iterable[str]) -> None:
-    """Raises ValueError where a fused adapter cannot have a fusion for each row.
-
-    Args:
-        adapters: the adapters of the model.
-        name: the fused adapter.
-        missing: the layers that it will have besides.
-    """
-    layers, found = dict(adapters.layers), adapters.factors(name)
+def check_rows(adapters: Adapters, name: str) -> None:
+    """Raises ValueError where a fused adapter cannot have a fusion for each row."""
+    found = adapters.factors(name)
     model_type = getattr(getattr(adapters.model, 'config', None), 'model_type', None)
     if model_type in _SEQUENCE_FIRST:
         raise RowsError(
             f'The model is expected to put the rows of a batch in front in its layers, found {model_type!r}, '
             'which puts the sequence there: compose the samples one by one.')
-    if all(name in layer.lora_embedding_A for layer in found.layers) and not missing:
+    if all(name in layer.lora_embedding_A for layer in found.layers):
         raise RowsError(f'Adapter {name!r} is expected to be in some layer that is no embedding to have a fusion for '
                         'each row of a batch, found embeddings alone: compose the samples one by one.')
-    for layer_name, layer in (*zip(found.layout.names, found.layers), *((each, layers[each]) for each in missing)):
+    for layer_name, layer in zip(found.layout.names, found.layers):
         if not reads_variants(type(layer)):  # type: ignore[arg-type]  # mypy takes a class for no key
             raise RowsError(f'Layer {layer_name!r} is expected to be of a class that can have a fusion for each row of '
                             f'a batch, found a {type(layer).__name__}, in which PEFT computes LoRA in another way: '
@@ -169,11 +147,12 @@ def install(adapters: Adapters, name: str, rows: Rows, undo: ExitStack) -> None:
 
 def uninstall(adapters: Adapters, name: str, undo: ExitStack) -> None:
     """Has the layers of a fused adapter read its parameters again. `undo` takes what undoes it."""
-    for _, layer in adapters.layers:
-        installed = layer.lora_variant.get(name)
+    # Nearly always none: each sample asks for this.
+    for variants in [layer.lora_variant for _, layer in adapters.layers if name in layer.lora_variant]:
+        installed = variants.get(name)
         if isinstance(installed, RowsVariant):
-            undo.callback(_put_back, layer.lora_variant, name, installed)
-            del layer.lora_variant[name]
+            undo.callback(_put_back, variants, name, installed)
+            del variants[name]
 
 
 def conceal(adapters: Adapters, name: str, undo: ExitStack) -> None:
@@ -189,40 +168,6 @@ def has_rows(adapters: Adapters, name: str) -> bool:
     """Returns whether there is a fusion for each row in an adapter now."""
     variants = [layer.lora_variant.get(name) for layer in adapters.factors(name).layers]
     return any(isinstance(variant, RowsVariant) for variant in variants if variant is not None)
-
-
-class _RowLayout:
-    """What `write.fill` asks of a layout, for a row. See `packing.Layout`."""
-
-    def __init__(self, target: AdapterFactors, is_one_run: bool):
-        layout = target.layout
-        self.names, self.places, self.shapes = layout.names, layout.places, layout.shapes
-        self.is_one_run, self.is_contiguous = is_one_run, True
-        # Layers of one kind come one after another.
-        kinds = [(*shapes, A.dtype, A.device, B.dtype, B.device, groups_of(layer))
-                 for shapes, A, B, layer in zip(layout.shapes, *layout.sides(target.parameters), target.layers)]
-        starts = [i == 0 or kinds[i] != kinds[i - 1] for i in range(len(kinds))]
-        self.runs = list(accumulate(starts))
-
-
-class RowFactors:
-    """One row as a target: what `write.fill` asks of a fused adapter. See `packing.AdapterFactors`."""
-
-    def __init__(self, rows: Rows, number: int, target: AdapterFactors):
-        self._rows, self._number = rows, number
-        self.layout, self.layers, self.scalings = rows.layout, target.layers, target.scalings
-
-    def formed(self, begin: int, end: int, form: Form) -> Factors:
-        """Returns the factors of the layers from `begin` to `end`, in the memory of the row."""
-        flat = Factors(*(self._rows.run(side, self._number, begin, end) for side in (0, 1)))
-        if form == 'elements':
-            return flat
-        shapes = self.layout.shapes[begin]
-        return formed(Factors(*(factor.view(end - begin, *shape) for factor, shape in zip(flat, shapes))), form)
-
-    def factors(self, place: int) -> Factors:
-        """Returns the factors of one layer, in the memory of the row."""
-        return Factors(*(self._rows.view(side, place)[self._number] for side in (0, 1)))
 
 
 def _put_back(variants: Dict[str, LoraVariant], name: str, variant: Optional[LoraVariant]) -> None:

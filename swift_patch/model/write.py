@@ -11,14 +11,13 @@ from ..lora.formulas import merge
 from ..lora.merging import Task
 from ..lora.sparse import pruned_at_random
 from .adapters import Adapters
-from .layers import groups_of
+from .arrangement import FlatFactors
 from .packing import AdapterFactors
 from .plan import Batch, Plan
-from .rows import RowFactors
 from .undo import Undo
 
 # What is filled: a fused adapter's own parameters, or a row.
-Target = Union[AdapterFactors, RowFactors]
+Target = Union[AdapterFactors, FlatFactors]
 
 
 def prune_at_random(adapters: Adapters, plan: Plan) -> Plan:
@@ -42,8 +41,8 @@ def prune_at_random(adapters: Adapters, plan: Plan) -> Plan:
             for old, new in zip(batch.sources, pruned)
         ]
         pairs.update(zip(batch.names, zip(*of_all_layers)))
-    for name, _ in adapters.layers:
-        for old, new in pairs.get(name, ()):
+    for name in adapters.in_order(pairs):
+        for old, new in pairs[name]:
             new.copy_(pruned_at_random(old, plan.options))
     return replace(plan, batches=batches)
 
@@ -85,7 +84,14 @@ def write(adapters: Adapters, adapter_name: str, plan: Plan, merged: Callable[[B
     if not layout.is_inference:
         # Writing to several parameters in one operation counts for one of them alone.
         _increment_versions(target.parameters)
-    adapters.written(adapter_name)
+
+
+def clear(adapters: Adapters, adapter_name: str) -> None:
+    """Writes zeros into a fused adapter that is new: there is nothing to undo."""
+    target = adapters.factors(adapter_name)
+    with torch.inference_mode(target.layout.is_inference), torch.no_grad():
+        for parameter in target.parameters:
+            parameter.zero_()
 
 
 def fill(target: Target,
@@ -113,7 +119,7 @@ def fill(target: Target,
             # The layer multiplies by its own scaling, a constant of compiled graphs: what differs goes into A and B.
             place = layout.places[part.names[0]]
             new = rescaled(new, batch.scaling / target.scalings[place], in_place=True)
-            new = padded(new, factors, groups_of(part.layers[0]), stacked=int(part.form == 'matrices'))
+            new = padded(new, factors, part.groups[0], stacked=int(part.form == 'matrices'))
             for old, value in zip(factors, new):
                 if whole is None:
                     keep(old)
@@ -175,14 +181,14 @@ def _parts_together(target: Target, batch: Batch, new: Factors) -> Iterator[Tupl
 def _split(batch: Batch, new: Factors) -> Iterator[Tuple[Batch, Factors]]:
     """Yields a batch and its factors in parts: elements as the matrices of layers of one kind, matrices by layer."""
     is_by_kind = batch.form == 'elements'
-    keys = zip(batch.shapes, map(groups_of, batch.layers)) if is_by_kind else range(len(batch.layers))
+    keys = zip(batch.shapes, batch.groups) if is_by_kind else range(len(batch.names))
     begin, offsets = 0, [0, 0]
     for count in (len(list(same)) for _, same in groupby(keys)):
         span = slice(begin, begin + count)
         A, B = batch.shapes[begin]
         part = batch._replace(
             names=batch.names[span],
-            layers=batch.layers[span],
+            groups=batch.groups[span],
             shapes=batch.shapes[span],
             form='matrices' if is_by_kind else 'layer')
         if is_by_kind:
