@@ -9,6 +9,7 @@ from swift.tuners import SwiftModel
 from swift.tuners.utils import OffloadHelper, SwiftAdapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swift_patch import AdapterLibrary
 from swift_patch.compose.composer import FusionComposer
 from swift_patch.model import activation
 
@@ -41,7 +42,7 @@ class FailingAt(TorchDispatchMode):
 
 def everything(model):
     """What may not change, with the adapters that there are and how they are described."""
-    names = model.adapters if isinstance(model, SwiftModel) else model.peft_config
+    names = model.adapters if isinstance(model, SwiftModel) else getattr(model, 'peft_config', ())
     return {**state(model), 'configs': [(name, config(model, name).to_dict()) for name in names]}
 
 
@@ -142,3 +143,22 @@ def test_an_update_of_what_is_offloaded_fails_as_a_whole_or_is_done_as_a_whole(m
         assert is_old or all(torch.equal(found[name], delta) for name, delta in new.items()), number
     assert number > 30 and True in results
     assert all(layer.lora_A['fused'].weight.is_meta for layer in layers(model).values())
+
+
+@pytest.mark.parametrize('is_wide', [False, True])
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture'])
+def test_a_composition_from_files_that_fails_anywhere_changes_nothing(merge_method, is_wide, tmp_path):
+    BUILDERS['peft'](count=3, target_modules=TARGETS).save_pretrained(str(tmp_path / 'narrow'))
+    library = AdapterLibrary.from_folder(tmp_path / 'narrow', cache_bytes=0)
+    model = qwen2(1, 16)
+    # The first one wraps the layers of a plain model, in each copy anew.
+    fail_everywhere(model, lambda model: FusionComposer(model, merge_method, library=library).compose(['l0', 'l1']))
+    FusionComposer(model, merge_method, library=library).compose(['l0', 'l1'])
+    sample = {'l2': 0.6, 'l1': 0.5}
+    if is_wide:
+        # In layers that no LoRA was in before, and of a larger rank.
+        wide = BUILDERS['peft'](count=1, target_modules=['v_proj', *TARGETS], r=6)
+        wide.save_pretrained(str(tmp_path / 'wide'))
+        library.add('wide', tmp_path / 'wide' / 'l0')
+        sample = ['wide']
+    fail_everywhere(model, lambda model: FusionComposer(model, merge_method, library=library).compose(sample))

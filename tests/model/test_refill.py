@@ -360,6 +360,17 @@ def test_an_add_that_fails_leaves_no_adapter(model, monkeypatch):
     assert_as_fresh(model, ['l3', 'l1'], [0.4, -0.7], 'cat')
 
 
+@pytest.mark.parametrize('combination_type', ['dare_linear', 'dare_ties'])
+def test_an_add_draws_the_random_numbers_of_stock(model, combination_type):
+    with stock():
+        oracle = copy.deepcopy(model)
+        torch.manual_seed(5)
+        oracle.add_weighted_adapter(SOURCES, WEIGHTS, 'oracle', combination_type, density=0.4)
+    torch.manual_seed(5)
+    model.add_weighted_adapter(SOURCES, WEIGHTS, 'fused', combination_type, density=0.4)
+    assert_close_deltas(model, 'fused', oracle)
+
+
 def test_svd_of_lora_factors_never_forms_a_dense_delta(model, monkeypatch):
 
     def refuse(*args):
