@@ -97,7 +97,8 @@ def test_the_option_compile_merging_is_handed_on_and_told(written: Any, tmp_path
     (['--adapters_per_sample', '5'], '--adapters_per_sample is expected to be at most the number of adapters, 4'),
     (['--combination_type', 'ties'], 'expects a density'),
     (['--model_type', 'none'], 'ms-swift cannot use these arguments: '),
-    (['--adapters', 'a'], "--adapters takes NAME=PATH, got 'a'."),
+    (['--adapters', 'a'], "--adapters takes NAME=PATH, a folder, @FILE or the id of an adapter on a hub, got 'a': "),
+    (['--adapters', 'l0=b'], "--adapters names 'l0' twice: "),
     (['--adapters', 'a=b', 'a=c'], "--adapters names 'a' twice: b and c."),
     (['--adapters', 'a=none'], "adapter 'a' (none): the path does not exist."),
 ])  # yapf: disable

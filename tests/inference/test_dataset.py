@@ -196,6 +196,14 @@ def test_lines_with_any_bytes_in_them_and_any_left_out_are_read_or_told(tmp_path
     assert_read_or_told(write(tmp_path, bytes(content)), content.count(b'\n') + 1)
 
 
+def test_names_that_are_like_an_unknown_one_are_looked_for_where_they_are_shown(tmp_path: Path) -> None:
+    """Among ten thousand they take a while, and in the wrong folder all of them are unknown."""
+    path = write(tmp_path, *(line(adapters=['lore']) for _ in range(30)))
+    told = [text for _, text in problems_of(path)]
+    assert set(told[:20]) == {"unknown adapter 'lore'; did you mean 'lora'?"}
+    assert set(told[20:]) == {"unknown adapter 'lore'; known are 'lora', 'A', 'default'"}
+
+
 @pytest.mark.parametrize('cut', range(1, len(line()), 7))
 def test_a_line_that_is_cut_off_is_told(tmp_path: Path, cut: int) -> None:
     [(number, text)] = problems_of(write(tmp_path, line(), line()[:cut]))

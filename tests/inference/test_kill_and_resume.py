@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Tuple
 PHASES = {
     'starting': 3,
     'loading the model': 4,
-    'loading the adapters': 4,
+    'looking at the adapters': 4,
     'reserving': 1,
     'composing': 2,
     'generating': 4,
@@ -40,7 +40,7 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
     from tqdm import tqdm
 
     from swift_patch import FusionComposer, cli, ms_swift
-    from swift_patch.inference import engine, results, run
+    from swift_patch.inference import results, run
 
     def tell(owner: Any, name: str, phase: str) -> None:
         function = getattr(owner, name)
@@ -52,7 +52,7 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
         setattr(owner, name, telling)
 
     tell(ms_swift, 'prepare_model_template', 'loading the model')
-    tell(engine, 'load_adapters', 'loading the adapters')
+    tell(FusionComposer, 'check', 'looking at the adapters')
     tell(FusionComposer, 'reserve', 'reserving')
     tell(FusionComposer, 'fused_batch', 'composing')
     tell(ms_swift.TransformersEngine, 'infer', 'generating')
