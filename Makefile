@@ -52,7 +52,7 @@ bench-gate: $(VENV)/.installed
 
 # The tables and the pictures of what `make bench` measured last.
 figures: $(VENV)/.installed
-	$(BIN)/python benchmarks/figures.py benchmarks.json docs/cost.png docs/batches.png
+	$(BIN)/python benchmarks/figures.py benchmarks.json docs/cost.png docs/batches.png docs/library.png
 
 lint: $(VENV)/.installed
 	$(BIN)/flake8 $(SOURCES)

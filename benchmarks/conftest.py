@@ -33,3 +33,11 @@ def one_thread(threads: None) -> None:
     """For what is Python more than arithmetic: a second thread adds nothing but noise."""
     import torch
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def compiled_only_here() -> Iterator[None]:
+    """For what compiles merging: the next one finds it as it was."""
+    yield
+    import swift_patch
+    swift_patch.compile_merging(False)

@@ -1,13 +1,13 @@
 """README's figures from what `make bench` measured: prints the tables in Markdown and draws the pictures.
 
-python benchmarks/figures.py benchmarks.json docs/cost.png docs/batches.png
+python benchmarks/figures.py benchmarks.json docs/cost.png docs/batches.png docs/library.png
 """
 import argparse
 import json
 import statistics
 from gate import shown
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 _COLORS = {
     'stock ms-swift': '#c0392b',
@@ -18,7 +18,15 @@ _COLORS = {
     "PEFT's mixed batch": '#d68910',
     'one LoRA for all': '#7d3c98',
     'base model': '#616a6b',
+    'PEFT load_adapter': '#d68910',
+    'AdapterLibrary': '#2471a3',
+    'from the cache': '#2471a3',
+    'from the page cache': '#148f77',
+    'from the disk': '#616a6b',
 }
+# Cases that name a size and a dtype, and then a way: a line for each of the former.
+_BY_SIZE = ('merge', 'library merge')
+_PLACES = ('from the cache', 'from the page cache', 'from the disk')
 _SAMPLES_SHOWN = (1, 2, 5, 10, 20, 30, 60)
 
 
@@ -32,7 +40,7 @@ def tables(content: Dict[str, Any]) -> str:
     for subject in dict.fromkeys(found['subject'] for found in gated):
         rows = [found for found in gated if found['subject'] == subject]
         over = f', over {rows[0]["divided_by"]}' if rows[0]['divided_by'] else ''
-        table = _by_size(rows) if subject == 'merge' else _markdown(['case', 'ms', subject, 'at most'], [[
+        table = _by_size(rows) if subject in _BY_SIZE else _markdown(['case', 'ms', subject, 'at most'], [[
             found['case'], ' / '.join(f'{seconds * 1e3:.3g}' for seconds in found['seconds'].values()),
             shown(found['ratio']),
             shown(found['bound'])
@@ -56,6 +64,23 @@ def tables(content: Dict[str, Any]) -> str:
             parts.append(
                 _markdown([what, *map(str, numbers)], [[path, *(f'{seconds[number - 1]:.2g}' for number in numbers)]
                                                        for path, seconds in curves.items()]))
+    on_disk, by_peft = library(content)
+    if on_disk:
+        parts.append(
+            _markdown([
+                'LoRAs on disk', 's to the first composition', 's to reserve for all', 'MiB at first',
+                'MiB once all were used', *(f'ms, {where}' for where in _PLACES)
+            ], [[
+                f'{number:,}', *(_short(found[key])
+                                 for key in ('seconds', 'reserve', 'MiB', 'MiB of all')), *(_milliseconds(found[where])
+                                                                                            for where in _PLACES)
+            ] for number, found in on_disk.items()]))
+    if by_peft:
+        parts.append(
+            _markdown(
+                ['LoRAs loaded by PEFT', 's to the first composition', 'MiB', 'ms of another one'],
+                [[f'{number:,}', *(_short(found[key]) for key in ('seconds', 'MiB')),
+                  _milliseconds(found['one more'])] for number, found in by_peft.items()]))
     for hidden, found in batches(content).items():
         sizes = list(next(iter(found['samples_per_second'].values())))
         parts.append(
@@ -90,6 +115,48 @@ def batches(content: Dict[str, Any]) -> Dict[int, Dict[str, Any]]:
     """Returns what was measured of batches, by the hidden size of the model."""
     found = (benchmark['extra_info'] for benchmark in content['benchmarks'])
     return {extra['case']: extra for extra in found if extra.get('subject') == 'batches'}
+
+
+def library(content: Dict[str, Any]) -> Tuple[Dict[int, Dict[str, Any]], Dict[int, Dict[str, Any]]]:
+    """Returns what was measured of a library by the number of LoRAs, and what of PEFT."""
+    found = [extra for extra in (benchmark['extra_info'] for benchmark in content['benchmarks']) if 'measured' in extra]
+    by_peft = next((extra['measured'] for extra in found if extra['way'] == 'PEFT'), {})
+    on_disk = {extra['number']: extra['measured'] for extra in found if extra['way'] == 'library'}
+    # JSON has no numbers as keys.
+    return dict(sorted(on_disk.items())), {int(number): of_one for number, of_one in by_peft.items()}
+
+
+def draw_library(on_disk: Dict[int, Dict[str, Any]], by_peft: Dict[int, Dict[str, Any]], path: Path) -> None:
+    """Draws the first composition and any other one against the number of LoRAs, on logarithmic axes."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    figure, (first, other) = pyplot.subplots(ncols=2, figsize=(9, 4.5), layout='constrained')
+
+    def line(axes: Any, measured: Dict[int, Dict[str, Any]], key: str, factor: float, label: str, color: str) -> None:
+        points = [(number, found[key] * factor) for number, found in measured.items() if found[key] is not None]
+        if points:
+            axes.plot(*zip(*points), marker='o', markersize=4, linewidth=1.2, color=color, label=label)
+
+    line(first, by_peft, 'seconds', 1, 'PEFT load_adapter', _COLORS['PEFT load_adapter'])
+    line(first, on_disk, 'seconds', 1, 'AdapterLibrary', _COLORS['AdapterLibrary'])
+    line(other, by_peft, 'one more', 1e3, 'PEFT add + set', _COLORS['PEFT add + set'])
+    for where in reversed(_PLACES):
+        line(other, on_disk, where, 1e3, f'AdapterLibrary, {where}', _COLORS[where])
+    for axes, title, label in ((first, 'From a base model to the first composition', 'seconds'),
+                               (other, 'Any other composition of 3 LoRAs', 'ms')):
+        axes.set_xscale('log')
+        axes.set_yscale('log')
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,g}'))
+        axes.set(xlabel='LoRAs that may be composed', ylabel=label)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def draw_batches(found: Dict[int, Dict[str, Any]], path: Path) -> None:
@@ -146,6 +213,16 @@ def draw(curves: Dict[str, List[float]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _short(value: Optional[float]) -> str:
+    if value is None:
+        return ''
+    return f'{value:.2g}' if value < 100 else f'{value:,.0f}'
+
+
+def _milliseconds(seconds: Optional[float]) -> str:
+    return _short(None if seconds is None else seconds * 1e3)
+
+
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ['---', *('---:' for _ in header[1:])]
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (header, rule, *rows))
@@ -157,6 +234,7 @@ def main() -> None:
     parser.add_argument('json', type=Path, help='what pytest-benchmark wrote')
     parser.add_argument('cost', type=Path, help='the picture to draw of the cost per sample')
     parser.add_argument('batches', type=Path, help='the picture to draw of batches')
+    parser.add_argument('library', type=Path, help='the picture to draw of adapters on disk')
     args = parser.parse_args()
     content = json.loads(args.json.read_text(encoding='utf-8'))
     print(tables(content))
@@ -164,6 +242,8 @@ def main() -> None:
         draw(samples(content), args.cost)
     if batches(content):
         draw_batches(batches(content), args.batches)
+    if any(library(content)):
+        draw_library(*library(content), args.library)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,8 @@
 import gc
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 LEAST_ROUNDS = 5
 
@@ -36,26 +37,71 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]],
     for _ in range(warmup):
         for candidate in candidates.values():
             candidate()
-    seconds: Dict[str, List[float]] = {name: [] for name in candidates}
-    order = list(candidates)
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    return _by_turns({name: lambda of_one=of_one: timed(of_one) for name, of_one in candidates.items()}, rounds, limit)
+
+
+def in_blocks(candidates: Mapping[str, Callable[[], Callable[[], Any]]],
+              blocks: int = 9,
+              calls: int = 20,
+              warmup: int = 3,
+              limit: float = 4.0) -> Dict[str, List[float]]:
+    """Times candidates by turns, each for a block of calls: what runs again and again has its memory in the caches of
+    the CPU, which call by call the others would take.
+
+    Args:
+        candidates: by name, what prepares a block, untimed, and returns what to time.
+        blocks: how many blocks of each.
+        calls: how many calls in a block.
+        warmup: how many before, untimed.
+        limit: see `interleaved`.
+
+    Returns:
+        The median of each block, by candidate.
+    """
+
+    def block(prepare: Callable[[], Callable[[], Any]]) -> float:
+        call = prepare()
+        for _ in range(warmup):
+            call()
+        return statistics.median(timed(call) for _ in range(calls))
+
+    return _by_turns({name: lambda of_one=of_one: block(of_one) for name, of_one in candidates.items()}, blocks, limit)
+
+
+def timed(call: Callable[..., Any], *args: Any) -> float:
+    """Returns the seconds of a call."""
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def _by_turns(measures: Mapping[str, Callable[[], float]], rounds: int, limit: float) -> Dict[str, List[float]]:
+    """Measures by turns, see `interleaved`."""
+    found: Dict[str, List[float]] = {name: [] for name in measures}
+    order = list(measures)
+    with _without_collections():
         end = time.perf_counter() + limit
         for i in range(rounds):
             if i >= LEAST_ROUNDS and time.perf_counter() > end:
                 break
             for name in order:
-                start = time.perf_counter()
-                candidates[name]()
-                seconds[name].append(time.perf_counter() - start)
+                found[name].append(measures[name]())
             # What runs first finds other caches than what runs second.
             order.reverse()
+    return found
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Within it, Python collects no garbage; it did before."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()
-    return seconds
 
 
 def ratio(seconds: Mapping[str, Sequence[float]]) -> Ratio:

@@ -14,8 +14,15 @@ NAMES = [f'lora_{i}' for i in range(14)]
 # Of those types that sparsify.
 DENSITY = 0.4
 
-# From the models' config.json. The vocabulary does not matter: no LoRA is on it.
+# Those with a name of a model are from its config.json. The vocabulary does not matter: no LoRA is on it.
 SHAPES: Dict[str, Dict[str, int]] = {
+    'tiny': {
+        'hidden_size': 32,
+        'intermediate_size': 64,
+        'num_hidden_layers': 4,
+        'num_attention_heads': 2,
+        'num_key_value_heads': 1
+    },
     'small': {
         'hidden_size': 256,
         'intermediate_size': 512,

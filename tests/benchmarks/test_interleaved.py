@@ -1,7 +1,10 @@
 """Timing by turns."""
 import gc
+import measure
 import pytest
-from measure import interleaved, ratio
+from measure import in_blocks, interleaved, ratio
+from types import SimpleNamespace
+from typing import Any
 
 
 def test_candidates_take_turns_in_an_order_that_alternates_without_the_garbage_collector() -> None:
@@ -30,3 +33,30 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
     found = ratio({'one': [2, 2, 20, 30], 'other': [1, 1, 10, 10]})
     assert found.value == 2
     assert found.seconds == {'one': 11, 'other': 5.5}
+
+
+def test_blocks_take_turns_and_what_prepares_one_is_not_timed() -> None:
+    calls = []
+
+    def prepare(name: str) -> Any:
+        calls.append(f'prepare {name}')
+        return lambda: calls.append((name, gc.isenabled()))
+
+    seconds = in_blocks({name: lambda name=name: prepare(name) for name in 'ab'}, blocks=2, calls=2, warmup=1)
+    assert calls == [entry for name in 'abba' for entry in (f'prepare {name}', *[(name, False)] * 3)]
+    assert {name: len(of_one) for name, of_one in seconds.items()} == {'a': 2, 'b': 2}
+
+
+def test_a_block_is_the_median_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, durations = 0.0, iter([50, 7, 2, 3])
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def prepare() -> Any:
+        passes(200)
+        return lambda: passes(next(durations))
+
+    monkeypatch.setattr(measure, 'time', SimpleNamespace(perf_counter=lambda: now))
+    assert in_blocks({'a': prepare}, blocks=1, calls=3, warmup=1) == {'a': [3]}
