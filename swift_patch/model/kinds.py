@@ -81,6 +81,10 @@ def kind_of(adapters: Adapters, checkpoint: AdapterCheckpoint) -> StoredKind:
         except Exception as e:  # a config may hold values of any type, and PEFT then raises whatever comes
             raise ValueError(f'{checkpoint} does not fit this base model: {" ".join(str(e).split()):.1000}') from e
         config.init_lora_weights = init
+        parameters = getattr(config, 'target_parameters', None)
+        if parameters or not layers.keys() <= adapters.view.index.order.keys():
+            raise ValueError(f'{checkpoint} is expected to target modules of this base model, found that PEFT makes '
+                             f'parameters of them ({joined(list(parameters or layers))}), which cannot be merged.')
         remember_layers(adapters, config, frozenset(layers))
         facts, scalings, embeddings = [], {}, []
         for name, layer in layers.items():

@@ -80,6 +80,7 @@ def assert_refused(good: Path, bad: Path, *told: str, is_header: bool = True, **
     ({'lora_bias': True}, 'lora_bias=True, which cannot be fused'),
     ({'use_dora': True}, 'use_dora=True, which cannot be fused'),
     ({'use_qalora': True}, 'use_qalora=True, which cannot be fused'),
+    ({'use_bdlora': True}, 'use_bdlora=True, which cannot be fused'),
     ({'trainable_token_indices': [1, 2]}, 'trainable_token_indices=[1, 2], which cannot be fused'),
     ({'layer_replication': [[0, 2], [1, 2]]}, 'layer_replication=[[0, 2], [1, 2]], which cannot be fused'),
     ({'target_parameters': ['a.weight']}, "target_parameters=['a.weight'], which cannot be fused"),

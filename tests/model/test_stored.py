@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MixtralConfig,
+                          MixtralForCausalLM)
 
 from swift_patch import AdapterLibrary, FusionComposer
 from swift_patch.model import kinds, new_adapter
@@ -478,3 +479,34 @@ def test_a_composer_that_composed_nothing_leaves_a_plain_model_as_it_was(tmp_pat
 def test_a_model_without_parameters_is_told_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match='does not fit this base model'):
         FusionComposer(nn.Module(), library=library_of(loaded('peft'), tmp_path)).compose(['l0'])
+
+
+def test_weights_that_peft_converts_are_told_with_their_adapter(tmp_path):
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=64)
+    model = MixtralForCausalLM(config).eval()
+    folder = tmp_path / 'moe'
+    LoraConfig(r=2, target_modules=['w1', 'w2', 'w3'], task_type='CAUSAL_LM').save_pretrained(str(folder))
+    sizes = {'w1': (32, 48), 'w2': (48, 32), 'w3': (32, 48)}
+    tensors = {}
+    for name, (ins, outs) in sizes.items():
+        for expert in range(2):
+            prefix = f'base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}'
+            tensors[f'{prefix}.lora_A.weight'] = torch.ones(2, ins)
+            tensors[f'{prefix}.lora_B.weight'] = torch.ones(outs, 2)
+    save_file(tensors, folder / 'adapter_model.safetensors')
+    composer, before = FusionComposer(model, library=AdapterLibrary({'moe': folder})), state(model)
+    try:
+        composer.compose(['moe'])
+    except ValueError as e:
+        # Where experts are parameters, in transformers 5.
+        assert "adapter 'moe'" in str(e)
+        assert_same_state(state(model), before)
+    else:
+        assert deltas(model, 'fused')
