@@ -7,7 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Conv1D, Qwen2Config, Qwen2ForCausalLM
+from transformers import (AutoModelForCausalLM, CLIPVisionConfig, Conv1D, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM)
 from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 # Applies the patch, for all tests that build a model.
@@ -61,6 +62,22 @@ def qwen2(layers: int = 2, hidden: int = 32) -> nn.Module:
         tie_word_embeddings=False)
     torch.manual_seed(0)
     return Qwen2ForCausalLM(config).eval()
+
+
+def llava() -> nn.Module:
+    """A Llava with random weights: two layers of text, whose token 63 stands for an image."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=63, image_seq_length=4)
+    return LlavaForConditionalGeneration(config).eval()
 
 
 class AllKinds(nn.Module):

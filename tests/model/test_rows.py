@@ -3,14 +3,13 @@ import copy
 import pytest
 import torch
 from contextlib import nullcontext
-from models import (PEFT_TYPES, PROJECTIONS, AllKinds, assert_same_state, layers, loras, outputs, peft_model, state,
-                    swift_model, update)
+from models import (PEFT_TYPES, PROJECTIONS, AllKinds, assert_same_state, layers, llava, loras, outputs, peft_model,
+                    state, swift_model, update)
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import nn
-from transformers import (CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                          T5Config, T5ForConditionalGeneration)
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from unittest import mock
 
 from swift_patch import FusionComposer, RowsError
@@ -383,23 +382,7 @@ def test_layers_that_get_the_tokens_of_all_rows_in_one_heap_are_refused(x):
 
 @pytest.mark.parametrize('kind', ['swift', 'peft'])
 def test_towers_for_something_else_than_text_are_refused_and_texts_alone_are_not(kind):
-    torch.manual_seed(0)
-    text = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64)
-    vision = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
-    config = LlavaConfig(
-        text_config=LlamaConfig(**text),
-        vision_config=CLIPVisionConfig(**vision),
-        image_token_index=63,
-        image_seq_length=4)
-    llava = LlavaForConditionalGeneration(config).eval()
-    model = wrapped(kind, llava, ['q_proj', 'v_proj'])
+    model = wrapped(kind, llava(), ['q_proj', 'v_proj'])
     composer = FusionComposer(model)
     assert_rows(composer, model, ids())
     # Both images are in the first row: as many as there are rows, and not one for each.

@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 from models import (PEFT_TYPES, PROJECTIONS, SOURCES, WEIGHTS, AllKinds, assert_close_deltas, assert_same_state, deltas,
-                    fresh, layers, loras, outputs, peft_model, qwen2, reproducible_masks, state, swift_model)
+                    fresh, layers, llava, loras, outputs, peft_model, qwen2, reproducible_masks, state, swift_model)
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from swift.tuners import LoRAConfig, SwiftModel
 from torch import nn
-from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MixtralConfig,
-                          MixtralForCausalLM)
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from swift_patch import AdapterLibrary, FusionComposer
 from swift_patch.model import kinds, new_adapter
@@ -229,21 +228,6 @@ def test_names_that_a_module_could_not_have_are_names_in_a_library(tmp_path):
     FusionComposer(model, library=library).compose(['team/l0.v1', 'team/l2.v1'])
     FusionComposer(other).compose(['l0', 'l2'])
     assert torch.equal(outputs(model), outputs(other))
-
-
-def llava():
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2)
-    text = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=64)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text,
-                                                     image_token_index=63)).eval()
 
 
 def test_layers_that_another_release_of_transformers_named_otherwise_are_found_as_peft_finds_them(tmp_path):
