@@ -173,10 +173,7 @@ def _header_shapes(prefix: str, file: Path) -> Dict[str, Tuple[int, ...]]:
     try:
         with opened(str(file)) as fd:
             header = Header(read_header(fd))
-            size = os.fstat(fd).st_size
-        if header.nbytes != size:
-            raise ValueError(f'it is expected to have {header.nbytes} bytes, found {size}: it was not written to its '
-                             'end')
+            header.check_size(os.fstat(fd).st_size)
     except (OSError, ValueError) as e:
         raise ValueError(f'{prefix} cannot read {file}: {e}') from e
     return {key: entry.shape for key, entry in header.entries.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, Sequence, Tuple, Union
 
 from ..errors import joined
-from ..lora.checkpoint import CONFIG_NAME, LINEAR_SEGMENTS, AdapterCheckpoint, split_key
+from ..lora.checkpoint import CONFIG_NAME, AdapterCheckpoint, join_key, split_key
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -125,7 +125,7 @@ def lora_parameter_name(key: str, alias: str) -> str:
     if parts is None:
         raise ValueError(f'{key!r} is not the key of a LoRA tensor.')
     module, segment, _ = parts
-    return f'{module}.{segment}.{alias}' + ('.weight' if segment in LINEAR_SEGMENTS else '')
+    return join_key(module, segment, alias)
 
 
 def _load_tensors(checkpoint: AdapterCheckpoint) -> 'Dict[str, Tensor]':

@@ -120,6 +120,11 @@ def split_key(key: str) -> Optional[Tuple[str, str, str]]:
     return '.'.join(parts[:at]), parts[at], ''.join(tail)
 
 
+def join_key(module: str, segment: str, name: str = '') -> str:
+    """Returns the key that `split_key` splits into these, without PEFT's prefix."""
+    return '.'.join(filter(None, (module, segment, name, 'weight' if segment in LINEAR_SEGMENTS else '')))
+
+
 def is_checkpoint(path: Path) -> bool:
     """Returns whether a folder is a checkpoint of an adapter, in PEFT's format or in ms-swift's; not one of several.
 

@@ -64,6 +64,11 @@ class Header:
         self.entries: Dict[str, Entry] = dict(entries)
         self.nbytes = begin
 
+    def check_size(self, size: int) -> None:
+        """Raises ValueError where a file of so many bytes is not whole."""
+        if self.nbytes != size:
+            raise ValueError(f'it is expected to have {self.nbytes} bytes, found {size}: it was not written to its end')
+
 
 @contextmanager
 def opened(file: str) -> Iterator[int]:

@@ -3,13 +3,13 @@ import os
 import threading
 from pathlib import Path
 from torch import Tensor
-from typing import Callable, Dict, Iterator, Mapping, Optional, Tuple, TypeVar
+from typing import Callable, Dict, Iterator, Mapping, Optional, TypeVar
 
 from ..errors import joined, short_repr
 from .cache import TensorCache
 from .checkpoint import AdapterCheckpoint, find_checkpoint
 from .paths import PathLike, paths_in_folder, paths_in_manifest
-from .reading import FileChanged, Kind, Reading
+from .reading import FileChanged, Kind, Reading, is_in
 from .stored import Files, StoredAdapter
 
 _T = TypeVar('_T')
@@ -109,7 +109,8 @@ class AdapterLibrary:
         with self._lock:
             self._path(name)
             del self._paths[name]
-            self._forget(name)
+            self._stored.pop(name, None)
+            self._cache.drop_all(lambda key: key[0] == name)
 
     def path(self, name: str) -> Path:
         """Returns where the user said that an adapter is, from the root on.
@@ -163,39 +164,27 @@ class AdapterLibrary:
         return found
 
     def looked_at(self, name: str, look: Callable[[StoredAdapter], _T]) -> _T:
-        """Returns what `look` returns for what the files of an adapter are now, which may read some of their values.
+        """Returns what `look` returns for what the files of an adapter are now, which may read them.
 
         Raises:
             ValueError: see `stored`, or what `look` raises.
         """
         return _while_it_changes(name, self._path(name), lambda: look(self.stored(name)))
 
-    def tensors(self, name: str, reading: Callable[[StoredAdapter], _T],
-                reading_of: Callable[[_T], Reading]) -> Tuple[_T, Dict[Kind, Tensor]]:
-        """Returns the tensors of an adapter as they are now, from memory where they were read before.
+    def read(self, stored: StoredAdapter, reading: Reading) -> Dict[Kind, Tensor]:
+        """Returns the tensors of an adapter that was looked at, from memory where they were read before.
 
         Args:
-            name: its name.
-            reading: returns how to read the files of an adapter that was looked at. Raises ValueError where they are
-                not as they should be.
-            reading_of: returns the reading of what that returned.
+            stored: the adapter, as `looked_at` gives it.
+            reading: how its file is read.
 
         Returns:
-            What `reading` returned, and the tensors in one dimension for each piece of memory. Nobody may write to
-            them.
+            The tensors in one dimension for each piece of memory. Nobody may write to them.
 
         Raises:
-            ValueError: see `stored`, or a value is not finite.
+            ValueError: they cannot be read, or a value is not finite.
+            FileChanged: the files are not what they were; `looked_at` looks again.
         """
-
-        def read() -> Tuple[_T, Dict[Kind, Tensor]]:
-            stored = self.stored(name)
-            made = reading(stored)
-            return made, self._read(stored, reading_of(made))
-
-        return _while_it_changes(name, self._path(name), read)
-
-    def _read(self, stored: StoredAdapter, reading: Reading) -> Dict[Kind, Tensor]:
         key = stored.checkpoint.name, reading
         with self._lock:
             found = self._cache.get(key, stored.signatures)
@@ -203,9 +192,8 @@ class AdapterLibrary:
                 return found
             buffer = self._cache.buffer(reading.nbytes)
         found = self._files.read(stored, reading, buffer)
-        is_in_buffer = any(tensor.untyped_storage().data_ptr() == buffer.data_ptr() for tensor in found.values())
         with self._lock:
-            if not is_in_buffer:
+            if not any(is_in(buffer, tensor) for tensor in found.values()):
                 self._cache.recycle(buffer)
             if stored.checkpoint.name in self._paths:
                 self._cache.put(key, stored.signatures, found)
@@ -217,10 +205,6 @@ class AdapterLibrary:
         if path is None:
             raise ValueError(f'The library is expected to have adapter {short_repr(name)}, but does not: add it.')
         return path
-
-    def _forget(self, name: str) -> None:
-        self._stored.pop(name, None)
-        self._cache.drop_all(lambda key: key[0] == name)
 
 
 def _located(name: str, path: PathLike) -> str:

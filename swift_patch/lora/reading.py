@@ -148,6 +148,11 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.sum().isfinite()) for tensor in tensors)
 
 
+def is_in(buffer: Tensor, tensor: Tensor) -> bool:
+    """Returns whether what was read of a buffer is in its memory still, where no cast moved it elsewhere."""
+    return tensor.untyped_storage().data_ptr() == buffer.data_ptr()
+
+
 def memory_of(buffer: Tensor) -> memoryview:
     """Returns the memory of a tensor of bytes on the CPU, to write to it."""
     array: Any = buffer.numpy()

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 from ..errors import joined
 from .checkpoint import CONFIG_NAME, AdapterCheckpoint, find_checkpoint
 from .header import Header, opened, read_header
-from .reading import (DTYPES, FileChanged, Kind, Reading, Signature, are_finite, memory_of, read_into,
+from .reading import (DTYPES, FileChanged, Kind, Reading, Signature, are_finite, is_in, memory_of, read_into,
                       settled_signatures, signature_of)
 
 # Headers that differ, of which all files that have one share what was made of it.
@@ -93,9 +93,7 @@ class Files:
                     raise FileChanged
                 content = read_header(fd)
             header = self._header(content)
-            if header.nbytes != status.st_size:
-                raise ValueError(f'it is expected to have {header.nbytes} bytes, found {status.st_size}: it was not '
-                                 'written to its end')
+            header.check_size(status.st_size)
         found = StoredAdapter(checkpoint, file, header, sources, signatures)
         if not found.is_current():
             raise FileChanged
@@ -122,7 +120,7 @@ class Files:
         if not reading.is_finite(buffer):
             _check_finite(stored, reading, buffer)
         found = reading.tensors(buffer)
-        cast = [tensor for tensor in found.values() if tensor.untyped_storage().data_ptr() != buffer.data_ptr()]
+        cast = [tensor for tensor in found.values() if not is_in(buffer, tensor)]
         if not are_finite(cast) and not all(tensor.isfinite().all() for tensor in cast):
             dtypes = joined(list(dict.fromkeys(str(tensor.dtype).removeprefix('torch.') for tensor in cast)))
             raise ValueError(f'{stored.checkpoint} is expected to hold values of {dtypes}, which it would have in this '

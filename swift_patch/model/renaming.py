@@ -8,7 +8,7 @@ from torch import nn
 from typing import Dict, List, Sequence
 
 from ..errors import joined
-from ..lora.checkpoint import LINEAR_SEGMENTS, PEFT_PREFIX, split_key
+from ..lora.checkpoint import PEFT_PREFIX, join_key, split_key
 from ..lora.stored import StoredAdapter
 from .new_adapter import NEW_NAME
 
@@ -23,11 +23,7 @@ def renamed_keys(model: nn.Module, config: LoraConfig, stored: StoredAdapter) ->
     for key in stored.header.entries:
         parts = split_key(key)
         # ms-swift's format has the adapter's name in it, and no prefix.
-        plain = key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key
-        if parts is not None:
-            module, segment, _ = parts
-            plain = f'{PEFT_PREFIX}{module}.{segment}' + ('.weight' if segment in LINEAR_SEGMENTS else '')
-        keys.append(plain)
+        keys.append(PEFT_PREFIX + (key.removeprefix(PEFT_PREFIX) if parts is None else join_key(*parts[:2])))
     renamed: Dict[int, str] = {}
     told = f'{stored.checkpoint} is expected to have tensors that fit this base model as they are, found that PEFT'
     mend = 'load the adapter into the model and save it again'

@@ -54,10 +54,15 @@ def read_stored(adapters: Adapters, name: str) -> Tuple[StoredKind, FlatFactors]
     Raises:
         ValueError: see `check_stored`, or its values cannot be read or are not finite.
     """
-    assert adapters.library is not None
-    bound, tensors = adapters.library.tensors(name, lambda stored: _bound(adapters, stored),
-                                              lambda bound: bound.reading)
-    return bound.kind, FlatFactors(bound.kind.layout, tensors, bound.kind.scalings)
+    library = adapters.library
+    assert library is not None
+
+    def read(stored: StoredAdapter) -> Tuple[StoredKind, FlatFactors]:
+        bound = _bound(adapters, stored)
+        tensors = library.read(stored, bound.reading)
+        return bound.kind, FlatFactors(bound.kind.layout, tensors, bound.kind.scalings)
+
+    return library.looked_at(name, read)
 
 
 def _bound(adapters: Adapters, stored: StoredAdapter) -> _Bound:

@@ -52,8 +52,7 @@ def reading_of(stored: StoredAdapter) -> Reading:
 
 
 def values(library: AdapterLibrary, name: str) -> torch.Tensor:
-    _, tensors = library.tensors(name, reading_of, lambda reading: reading)
-    return tensors[KIND]
+    return library.looked_at(name, lambda stored: library.read(stored, reading_of(stored)))[KIND]
 
 
 # What there is.
@@ -309,7 +308,7 @@ def test_what_is_removed_while_it_is_read_is_not_remembered(made: Any) -> None:
         library.remove('x')
         return reading_of(stored)
 
-    _, tensors = library.tensors('x', removed, lambda reading: reading)
+    tensors = library.looked_at('x', lambda stored: library.read(stored, removed(stored)))
     assert torch.equal(tensors[KIND], expected['l1'])
     assert not library._stored and not nbytes(library)
 
@@ -323,7 +322,7 @@ def test_what_another_path_is_given_while_it_is_read_is_that_of_the_path(made: A
         library.add('x', paths['l2'])
         return reading_of(stored)
 
-    _, tensors = library.tensors('x', moved, lambda reading: reading)
+    tensors = library.looked_at('x', lambda stored: library.read(stored, moved(stored)))
     assert torch.equal(tensors[KIND], expected['l1'])
     assert torch.equal(values(library, 'x'), expected['l2'])
 
