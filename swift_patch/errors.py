@@ -29,7 +29,12 @@ def short_repr(value: Any) -> str:
 
 def joined(items: Sequence[Any]) -> str:
     """Returns what an error says of a list that may be long: the first of it."""
-    return ', '.join(map(str, items[:5])) + (', ...' if len(items) > 5 else '')
+    return ', '.join(printable(item) for item in items[:5]) + (', ...' if len(items) > 5 else '')
+
+
+def printable(value: Any) -> str:
+    """Returns the text of a value that was found in a file, with escapes for what would control a terminal."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(value))
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
-from ..errors import joined, short_repr
-from .changes_base import changes_base
+from ..errors import joined, printable, short_repr
+from .changes_base import why_changed_base
 
 CONFIG_NAME = 'adapter_config.json'
 ARGS_NAME = 'args.json'
@@ -45,6 +47,44 @@ _UNFUSABLE = {
     'use_bdlora': (None, False),
     'monteclora_config': (None, ),
     'velora_config': (None, ),
+}
+
+
+def _is_number(value: Any) -> bool:
+    # JSON as Python reads it has NaN and infinity.
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (TypeError, ValueError, re.error, RecursionError, OverflowError):
+        return False
+    return isinstance(value, str)
+
+
+def _is_pattern_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Returns what tells an object from patterns of layer names to values that are right."""
+    return lambda value: isinstance(value, dict) and all(map(_is_pattern, value)) and all(map(is_right, value.values()))
+
+
+def _are_targets(value: Any) -> bool:
+    return _is_pattern(value) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+# What PEFT would stumble over with an error that tells neither the adapter nor the option. None is its default.
+_EXPECTED: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
+    'r': ('a positive integer', _is_rank),
+    'lora_alpha': ('a finite number', _is_number),
+    'rank_pattern': ('an object of regular expressions and positive integers', _is_pattern_of(_is_rank)),
+    'alpha_pattern': ('an object of regular expressions and finite numbers', _is_pattern_of(_is_number)),
+    'target_modules': ('a list of names or a regular expression', _are_targets),
+    'exclude_modules': ('a list of names or a regular expression', _are_targets),
+    'init_lora_weights': ('a name, true or false', lambda value: isinstance(value, (str, bool))),
 }
 
 
@@ -199,7 +239,10 @@ def _found(name: str, path: Path) -> AdapterCheckpoint:
 
 def _read_config(prefix: str, folder: Path) -> Tuple[Dict[str, Any], bytes]:
     """Returns what a config holds, and its bytes. Raises what `read_object` raises."""
-    return _read(prefix, folder / CONFIG_NAME, _parsed)
+    try:
+        return _read(prefix, folder / CONFIG_NAME, _parsed)
+    except ValueError as e:
+        raise ValueError(f'{str(e).rstrip(".")}: put it right, or copy the adapter again.') from e
 
 
 def read_object(prefix: str, file: Path) -> Dict[str, Any]:
@@ -226,7 +269,8 @@ def _read(prefix: str, file: Path, parse: Callable[[bytes], Tuple[Any, bytes]]) 
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f'{prefix} cannot read {file}: {e}') from e
+        reason = e.strerror or e if isinstance(e, OSError) else f'it is not JSON: {printable(e)}'
+        raise ValueError(f'{prefix} cannot read {file}: {reason}.') from e
     if not isinstance(data, dict):
         raise ValueError(f'{prefix} {file} must hold an object, found {short_repr(data)}.')
     return data, content
@@ -234,15 +278,24 @@ def _read(prefix: str, file: Path, parse: Callable[[bytes], Tuple[Any, bytes]]) 
 
 def _check_config(checkpoint: AdapterCheckpoint) -> None:
     config = checkpoint.config
-    kind = config.get('swift_type' if checkpoint.is_swift else 'peft_type')
+    file = checkpoint.folder / CONFIG_NAME
+    key = 'swift_type' if checkpoint.is_swift else 'peft_type'
+    kind = config.get(key)
+    if kind is None:
+        raise ValueError(f'{checkpoint}: {file} is expected to have a {key}, found none: this is no config of an '
+                         'adapter, or a damaged one.')
     if kind != 'LORA':
-        raise ValueError(f'{checkpoint}: this is an adapter of type {kind!s:.60}, not LORA.')
+        raise ValueError(f'{checkpoint}: this is an adapter of type {printable(kind):.60}, not LORA.')
     for option, harmless in _UNFUSABLE.items():
         if config.get(option) not in harmless:
             raise ValueError(
                 f'{checkpoint}: it was trained with {option}={short_repr(config[option])}, which cannot be fused.')
     init = config.get('init_lora_weights')
-    if changes_base(init):
-        raise ValueError(
-            f'{checkpoint}: it was trained with init_lora_weights={short_repr(init)}, which changes the base model; '
-            f'give the converted checkpoint.')
+    why = why_changed_base(init)
+    if why:
+        raise ValueError(f'{checkpoint}: it was trained with init_lora_weights={short_repr(init)}, {why}.')
+    for option, (expected, is_right) in _EXPECTED.items():
+        value = config.get(option)
+        if value is not None and not is_right(value):
+            raise ValueError(f'{checkpoint}: {option} in {file} is expected to be {expected}, found '
+                             f'{short_repr(value)}: put it right, or save the adapter again.')

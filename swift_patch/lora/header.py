@@ -5,12 +5,14 @@ import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, NamedTuple, Tuple
 
-from ..errors import short_repr
+from ..errors import printable, short_repr
 
 # The bytes of an element of the dtypes that the factors of a LoRA have, by their names in a header.
 SIZES = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}
 # As safetensors has it: a longer header is none.
 _MAX_HEADER = 100_000_000
+# What a file begins with that is yet to be fetched.
+_LFS = b'version https://git-lfs.github.com/'
 # Read at once, which is all of the header where there are not thousands of tensors.
 _READ_AT_ONCE = 2**16
 
@@ -48,7 +50,7 @@ class Header:
         try:
             data = json.loads(content)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f'its header is not JSON: {e}') from e
+            raise ValueError(f'its header is not JSON: {printable(e)}') from e
         if not isinstance(data, dict):
             raise ValueError(f'its header is expected to be an object, found {short_repr(data)}')
         data.pop('__metadata__', None)
@@ -89,6 +91,7 @@ def read_header(fd: int) -> bytes:
     """
     first = os.pread(fd, _READ_AT_ONCE, 0)
     length = int.from_bytes(first[:8], 'little')
+    check_fetched(first)
     if len(first) < 8 or length > _MAX_HEADER:
         raise ValueError('it is not a safetensors file: it has no header')
     content = first[8:8 + length]
@@ -98,6 +101,12 @@ def read_header(fd: int) -> bytes:
             raise ValueError('it is shorter than its header says: it was not written to its end')
         content += more
     return content
+
+
+def check_fetched(content: bytes) -> None:
+    """Raises ValueError where a file begins as a pointer of Git LFS does."""
+    if content.startswith(_LFS):
+        raise ValueError('it is a pointer of Git LFS to the file, which `git lfs pull` fetches')
 
 
 def _entry(key: str, value: Any, begin: int) -> Entry:

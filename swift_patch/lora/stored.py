@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from torch import Tensor
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import IO, Any, Dict, Iterator, Optional, Tuple
 
-from ..errors import joined
+from ..errors import joined, short_repr
 from .checkpoint import CONFIG_NAME, AdapterCheckpoint, find_checkpoint
-from .header import Header, opened, read_header
+from .header import Header, check_fetched, opened, read_header
 from .reading import (DTYPES, FileChanged, Kind, Reading, Signature, are_finite, is_in, memory_of, read_into,
                       settled_signatures, signature_of)
 
+# What tells a pointer to a file from the file.
+_BEGIN = 64
 # Headers that differ, of which all files that have one share what was made of it.
 _MAX_HEADERS = 256
 
@@ -123,8 +125,8 @@ class Files:
         cast = [tensor for tensor in found.values() if not is_in(buffer, tensor)]
         if not are_finite(cast) and not all(tensor.isfinite().all() for tensor in cast):
             dtypes = joined(list(dict.fromkeys(str(tensor.dtype).removeprefix('torch.') for tensor in cast)))
-            raise ValueError(f'{stored.checkpoint} is expected to hold values of {dtypes}, which it would have in this '
-                             'base model, found larger ones: train it again.')
+            raise ValueError(f'{stored.checkpoint}: {stored.checkpoint.weights_file} is expected to hold values of '
+                             f'{dtypes}, which it would have in this base model, found larger ones: train it again.')
         return found
 
     def _header(self, content: bytes) -> Header:
@@ -153,12 +155,7 @@ class Files:
             file = os.path.join(self._converted, '-'.join(map(str, signature)))
             if not os.path.exists(file):
                 with open(pickle, 'rb') as f:
-                    try:
-                        tensors = torch.load(f, map_location='cpu', weights_only=True)
-                        tensors = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
-                        save_file(tensors, f'{file}.part')
-                    except Exception as e:  # pickles raise whatever comes
-                        raise ValueError(f'{type(e).__name__}: {" ".join(str(e).split()):.300}') from e
+                    save_file(_unpickled(f), f'{file}.part')
                     if signature_of(os.fstat(f.fileno())) != signature:
                         raise FileChanged
                 # What was not written to its end, as where there is no space left, is no file of that name.
@@ -183,6 +180,24 @@ def values_of(stored: StoredAdapter, key: str, begin: int, end: int) -> Tensor:
     return buffer.view(dtype)
 
 
+def _unpickled(file: IO[bytes]) -> Dict[str, Tensor]:
+    """Returns the tensors in a pickle. Raises ValueError where it holds anything else."""
+    check_fetched(file.read(_BEGIN))
+    file.seek(0)
+    try:
+        found = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:  # pickles raise whatever comes
+        # What torch says of it is long, and advises to execute what is in the file.
+        raise ValueError(f'it is not a pickle of tensors alone, or a damaged one ({type(e).__name__})') from e
+    if not isinstance(found, dict):
+        raise ValueError(f'it is expected to hold an object of tensors by name, found a {type(found).__name__}')
+    for key, tensor in found.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError('it is expected to hold an object of dense tensors by name, found '
+                             f'{short_repr(key)}: a {type(tensor).__name__}')
+    return {key: tensor.detach().clone().contiguous() for key, tensor in found.items()}
+
+
 @contextmanager
 def _errors_of(checkpoint: AdapterCheckpoint) -> Iterator[None]:
     """Within it, errors of files say whose they are."""
@@ -191,7 +206,7 @@ def _errors_of(checkpoint: AdapterCheckpoint) -> Iterator[None]:
     except FileNotFoundError as e:
         raise FileChanged from e
     except (OSError, ValueError) as e:
-        reason = e.strerror or e if isinstance(e, OSError) else e
+        reason = e.strerror or e if isinstance(e, OSError) else f'{e}. Copy it again, or save the adapter again'
         raise ValueError(f'{checkpoint}: cannot read {checkpoint.weights_file}: {reason}.') from e
 
 
@@ -199,5 +214,6 @@ def _check_finite(stored: StoredAdapter, reading: Reading, buffer: Tensor) -> No
     for key, values in reading.parts(buffer):
         count = int(values.isfinite().logical_not().sum())
         if count:
-            raise ValueError(f'{stored.checkpoint}: tensor {key!r} is expected to hold finite values, found that '
-                             f'{count} of {values.numel()} are infinite or NaN: train it again.')
+            raise ValueError(f'{stored.checkpoint}: tensor {short_repr(key)} of {stored.checkpoint.weights_file} is '
+                             f'expected to hold finite values, found that {count} of {values.numel()} are infinite or '
+                             'NaN: train it again.')

@@ -4,8 +4,8 @@ import torch
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
-from ..errors import joined
-from ..lora.checkpoint import BASE_WEIGHTS, EMBEDDING_SEGMENTS, LINEAR_SEGMENTS, PEFT_PREFIX, split_key
+from ..errors import joined, printable, short_repr
+from ..lora.checkpoint import BASE_WEIGHTS, CONFIG_NAME, EMBEDDING_SEGMENTS, LINEAR_SEGMENTS, PEFT_PREFIX, split_key
 from ..lora.header import SIZES, Entry
 from ..lora.reading import Kind, Placed, Reading
 from ..lora.stored import StoredAdapter, values_of
@@ -92,25 +92,31 @@ def _reading_of(adapters: Adapters, kind: StoredKind, stored: StoredAdapter) -> 
         for side, segment in enumerate(EMBEDDING_SEGMENTS if name in kind.embeddings else LINEAR_SEGMENTS):
             expected[name, segment] = layout.sides[side][place]
     placed: List[Placed] = []
+    # Of the file alone, and of the file in this model.
+    faults: List[str] = []
     problems: List[str] = []
     foreign: List[str] = []
     base_keys: List[Tuple[str, str]] = []
+    _check_one_adapter(stored)
     for key, new_key in renamed_keys(adapters.model, kind.config, stored).items():
         entry, parts = stored.header.entries[key], split_key(new_key)
         if parts is None and new_key.endswith(BASE_WEIGHTS):
             base_keys.append((key, new_key.removeprefix(PEFT_PREFIX).removesuffix('.weight')))
             continue
         if parts is None:
-            problems.append(f'{key} is not a tensor of a LoRA and cannot be fused')
+            faults.append(f'{printable(key)} is not a tensor of a LoRA and cannot be fused')
             continue
         expected_place = expected.pop(parts[:2], None)
         if expected_place is None:
             foreign.append(key)
             continue
         to, offset, shape = expected_place
-        problem = _problem(entry, shape)
-        if problem is not None:
-            problems.append(f'{key} {problem}')
+        fault = _fault(entry, shape, 0 if parts[1].endswith('A') else 1)
+        if fault is not None:
+            faults.append(f'{printable(key)} {fault}')
+        elif tuple(entry.shape) != tuple(shape):
+            problems.append(f'{printable(key)} is of shape {tuple(entry.shape)} in the file, but {tuple(shape)} in '
+                            'this base model')
         placed.append(Placed(key, to, offset))
     if foreign:
         problems.append(f'{len(foreign)} tensors of the file have no place in this base model: {joined(foreign)}')
@@ -118,19 +124,40 @@ def _reading_of(adapters: Adapters, kind: StoredKind, stored: StoredAdapter) -> 
         missing = [f'{name}.{segment}' for name, segment in expected]
         problems.append(f'the file has no tensors for {len(missing)} of the parameters that its config asks for in '
                         f'this base model: {joined(missing)}')
+    if faults:
+        raise ValueError(f'{stored.checkpoint}: {stored.checkpoint.weights_file} cannot be used: '
+                         f'{"; ".join(faults[:5])}{"; ..." if len(faults) > 5 else ""}. Save the adapter again.')
     if problems:
         raise ValueError(f'{stored.checkpoint} does not fit this base model: {"; ".join(problems[:5])}'
                          f'{"; ..." if len(problems) > 5 else ""}.')
     return Reading(stored.header, placed), base_keys
 
 
-def _problem(entry: Entry, shape: torch.Size) -> Optional[str]:
-    """Returns what is wrong with a tensor that is expected in a shape, or None."""
+def _check_one_adapter(stored: StoredAdapter) -> None:
+    """Raises ValueError where a file holds the tensors of several adapters for one layer."""
+    names: Dict[Tuple[str, str], str] = {}
+    for key in stored.header.entries:
+        parts = split_key(key)
+        if parts is not None and names.setdefault(parts[:2], parts[2]) != parts[2]:
+            raise ValueError(f'{stored.checkpoint}: {stored.checkpoint.weights_file} is expected to hold one adapter, '
+                             f'found tensors of {short_repr(names[parts[:2]])} and of {short_repr(parts[2])}: save one '
+                             'of them alone.')
+
+
+def _fault(entry: Entry, shape: torch.Size, side: int) -> Optional[str]:
+    """Returns what is wrong with a tensor in any base model, or None.
+
+    Args:
+        entry: The tensor.
+        shape: The shape that it has by the config.
+        side: The dimension that is the rank.
+    """
     if math.prod(entry.shape) == 0 and shape.numel():
         return (f'is empty, of shape {tuple(entry.shape)}: it was saved without being gathered, as by DeepSpeed ZeRO-3 '
                 'without `stage3_gather_16bit_weights_on_model_save`')
-    if tuple(entry.shape) != tuple(shape):
-        return f'is of shape {tuple(entry.shape)} in the file, but {tuple(shape)} in this base model'
+    others = [sizes[:side] + sizes[side + 1:] for sizes in (tuple(entry.shape), tuple(shape))]
+    if others[0] == others[1] and entry.shape[side] != shape[side]:
+        return f'is of rank {entry.shape[side]}, but of rank {shape[side]} by {CONFIG_NAME}'
     if entry.dtype not in SIZES:
         return f'is of dtype {entry.dtype}, expected one of {joined(list(SIZES))}'
     return None

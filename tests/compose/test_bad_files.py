@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict
 from unittest import mock
 
 from swift_patch import AdapterLibrary, FusionComposer
+from swift_patch.lora.checkpoint import join_key, split_key
 
 
 def base_model() -> torch.nn.Module:
@@ -74,7 +75,8 @@ def assert_refused(good: Path, bad: Path, *told: str, is_header: bool = True, **
 
 @pytest.mark.parametrize(('config', 'told'), [
     ({'peft_type': 'LOHA', 'swift_type': 'LOHA'}, 'this is an adapter of type LOHA, not LORA'),
-    ({'peft_type': None, 'swift_type': None}, 'this is an adapter of type None, not LORA'),
+    ({'peft_type': '\x1b[31mLORA', 'swift_type': '\x1b[31mLORA'}, 'of type \\x1b[31mLORA, not LORA'),
+    ({'peft_type': None, 'swift_type': None}, '_type, found none: this is no config of an adapter'),
     ({'modules_to_save': ['lm_head']}, "modules_to_save=['lm_head'], which cannot be fused"),
     ({'bias': 'all'}, "bias='all', which cannot be fused"),
     ({'lora_bias': True}, 'lora_bias=True, which cannot be fused'),
@@ -87,17 +89,31 @@ def assert_refused(good: Path, bad: Path, *told: str, is_header: bool = True, **
     ({'alora_invocation_tokens': [5]}, 'alora_invocation_tokens=[5], which cannot be fused'),
     ({'init_lora_weights': 'pissa'}, 'which changes the base model; give the converted checkpoint'),
     ({'target_modules': ['nothing']}, 'does not fit this base model'),
-    ({'target_modules': 7}, 'does not fit this base model'),
-    ({'r': 'four'}, ''),
-    ({'r': -1}, ''),
-    ({'r': 8}, 'is of shape (4, 32) in the file, but (8, 32) in this base model'),
-    ({'rank_pattern': {'q_proj': 2}}, 'is of shape (4, 32) in the file, but (2, 32) in this base model'),
+    ({'target_modules': 7}, 'target_modules in {config} is expected to be a list of names or a regular'),
+    ({'target_modules': [7]}, 'a list of names or a regular expression, found [7]'),
+    ({'target_modules': '('}, "a list of names or a regular expression, found '('"),
+    ({'exclude_modules': {}}, 'exclude_modules in {config} is expected to be a list of names or a regular'),
+    ({'r': 'four'}, "r in {config} is expected to be a positive integer, found 'four': put it right, or save"),
+    ({'r': -1}, 'r in {config} is expected to be a positive integer, found -1'),
+    ({'r': True}, 'r in {config} is expected to be a positive integer, found True'),
+    ({'r': 8}, '{weights} cannot be used: |is of rank 4, but of rank 8 by adapter_config.json'),
+    ({'lora_alpha': 'x'}, "lora_alpha in {config} is expected to be a finite number, found 'x'"),
+    ({'lora_alpha': float('nan')}, 'lora_alpha in {config} is expected to be a finite number, found nan'),
+    ({'rank_pattern': {'q_proj': 2}}, '{weights} cannot be used: |is of rank 4, but of rank 2 by adapter_config.json'),
+    ({'rank_pattern': {'(': 2}}, 'regular expressions and positive integers, found {'),
+    ({'rank_pattern': {'q_proj': 2.5}}, 'regular expressions and positive integers, found {'),
+    ({'alpha_pattern': {'q_proj': None}}, 'regular expressions and finite numbers, found {'),
+    ({'alpha_pattern': 7}, 'regular expressions and finite numbers, found 7'),
+    ({'init_lora_weights': ['pissa']}, 'init_lora_weights in {config} is expected to be a name, true or false, found'),
     ({'target_modules': PROJECTIONS[:-1]}, 'tensors of the file have no place in this base model'),
     ({'target_modules': PROJECTIONS + ['lm_head']}, 'the file has no tensors for 2 of the parameters'),
 ])  # yapf: disable
 def test_a_config_that_cannot_be_fused_or_does_not_fit_is_told(good: Path, tmp_path: Path, config: Dict[str, Any],
                                                                told: str) -> None:
-    assert_refused(good, edited(good, tmp_path / 'bad', config), told)
+    bad = edited(good, tmp_path / 'bad', config)
+    parts = [part.replace('{config}', str(file_in(bad, CONFIG))).replace('{weights}', str(file_in(bad, WEIGHTS)))
+             for part in told.split('|')]  # yapf: disable
+    assert_refused(good, bad, *parts)
 
 
 @pytest.mark.parametrize(('content', 'told'), [(b'', 'cannot read'), (b'{', 'cannot read'),
@@ -169,7 +185,12 @@ def test_values_that_are_not_finite_are_told_with_adapter_and_tensor(good: Path,
 
     bad = edited(good, tmp_path / 'bad', tensors=change)
     key = key_of(load_file(file_in(bad, WEIGHTS)), A)
-    assert_refused(good, bad, f'tensor {key!r} is expected to hold finite values, found that 2 of 256', is_header=False)
+    assert_refused(
+        good,
+        bad,
+        f'tensor {key!r} of {file_in(bad, WEIGHTS)} is expected to hold finite',
+        'found that 2 of 256',
+        is_header=False)
 
 
 def test_values_so_large_that_their_sum_is_not_finite_are_fine(good: Path, tmp_path: Path) -> None:
@@ -191,7 +212,7 @@ def test_a_file_that_was_not_written_to_its_end_is_told(good: Path, tmp_path: Pa
 @pytest.mark.parametrize(('content', 'told'), [
     ((2**62).to_bytes(8, 'little') + b'{}', 'it is not a safetensors file'),
     ((10**7).to_bytes(8, 'little') + b'{}' * 100, 'it is shorter than its header says'),
-    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n', 'it is not a safetensors file'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n', 'a pointer of Git LFS'),
     (with_header({'a': {'dtype': 'F32', 'shape': [9], 'data_offsets': [0, 4]}}, bytes(4)), 'another size than 4 bytes'),
     (with_header({'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]},
                   'b': {'dtype': 'F32', 'shape': [1], 'data_offsets': [2, 6]}}, bytes(6)), "tensor 'b' is expected at"),
@@ -329,13 +350,39 @@ def test_a_pickle_that_runs_something_is_refused_and_runs_nothing(good: Path, tm
     assert not marker.exists()
 
 
-@pytest.mark.parametrize('content', [[torch.zeros(1)], {'a': 1}, {1: torch.zeros(1)}, torch.zeros(1), None, b'cut'])
-def test_a_pickle_of_something_else_is_told(good: Path, tmp_path: Path, content: Any) -> None:
-    bad = pickled(good, tmp_path / 'bad', 0 if content is None else content)
-    if content == b'cut':
-        file = file_in(bad, 'adapter_model.bin')
+@pytest.mark.parametrize(('content', 'told'), [
+    ([torch.zeros(1)], 'an object of tensors by name, found a list'),
+    (torch.zeros(1), 'an object of tensors by name, found a Tensor'),
+    (0, 'an object of tensors by name, found a int'),
+    ({'a': 1}, "found 'a': a int"),
+    ({'state_dict': {'a': torch.zeros(1)}}, "found 'state_dict': a dict"),
+    ({1: torch.zeros(1)}, 'found 1: a Tensor'),
+    ({'a': torch.zeros(1).to_sparse()}, "found 'a': a Tensor"),
+    (b'', 'not a pickle of tensors alone, or a damaged one (EOFError)'),
+    (b'\x1b[31mred', 'not a pickle of tensors alone, or a damaged one (UnpicklingError)'),
+    (b'version https://git-lfs.github.com/spec/v1\n', 'a pointer of Git LFS'),
+    (None, 'not a pickle of tensors alone, or a damaged one'),
+])  # yapf: disable
+def test_a_pickle_of_something_else_is_told(good: Path, tmp_path: Path, content: Any, told: str) -> None:
+    bad = pickled(good, tmp_path / 'bad', {'a': torch.zeros(1)} if content is None else content)
+    file = file_in(bad, 'adapter_model.bin')
+    if content is None:
         file.write_bytes(file.read_bytes()[:-100])
-    assert_refused(good, bad, 'adapter_model.bin')
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    text = assert_refused(good, bad, f'cannot read {file}: it is ', told, 'Copy it again, or save the adapter again.')
+    assert text.isprintable() and 'weights_only' not in text
+
+
+def test_a_file_of_several_adapters_is_told(good: Path, tmp_path: Path) -> None:
+
+    def twice(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        parts = {key: split_key(key) for key in tensors}
+        return {join_key(*parts[key][:2], name): tensors[key].clone() for key in tensors for name in ('a', 'b')}
+
+    bad = edited(good, tmp_path / 'bad', tensors=twice)
+    assert_refused(good, bad, f'{file_in(bad, WEIGHTS)} is expected to hold one adapter, found tensors of ', "'a'",
+                   "'b'")
 
 
 def test_what_is_wrong_in_a_pickle_is_told_as_in_a_file(good: Path, tmp_path: Path) -> None:
