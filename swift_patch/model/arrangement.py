@@ -83,7 +83,6 @@ class Arrangement:
         self.runs: List[int] = []
         for same in kinds.values():
             self.runs += [len(self.runs)] * len(same)
-        self.nbytes = sum(size * dtype.itemsize for (dtype, _), size in self.sizes.items())
 
     def is_like(self, other: Any) -> bool:
         """Returns whether another adapter has factors of the same shapes in the same layers, in as many runs."""

@@ -89,7 +89,7 @@ def check_source(adapters: Adapters, source: str) -> None:
 
 
 def check_tensors(adapters: Adapters, name: str) -> None:
-    """Raises ValueError where an adapter has tensors without memory of their own."""
+    """Raises ValueError where an adapter has tensors without memory of their own, or that FSDP or ZeRO-3 keeps."""
     found = adapters.factors(name)
     if found.layout.sharded:
         place = found.layout.places[found.layout.sharded[0]]
@@ -97,6 +97,11 @@ def check_tensors(adapters: Adapters, name: str) -> None:
             f'Adapter {name!r} is expected to have plain tensors, found a {type(found.factors(place).A).__name__} in '
             f'layer {found.layout.sharded[0]!r}: it is sharded (FSDP2, tensor parallel) or quantized. Merge before '
             'that, or gather it.')
+    if found.layout.kept_elsewhere:
+        raise ValueError(
+            f'Adapter {name!r} is expected to have tensors of its own, found that FSDP or ZeRO-3 keeps those of layer '
+            f'{found.layout.kept_elsewhere[0]!r}: what is written to them is lost when they are sharded again. Merge '
+            'before that, or have FSDP leave the adapters alone (`ignored_params`, or `ignored_states` of FSDP1).')
 
 
 def _check_unmerged(adapters: Adapters, name: str) -> None:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, fields
 from itertools import repeat
 from operator import attrgetter
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
-from torch import nn
 from typing import Any, Dict, FrozenSet, List, Optional, Tuple
 
-from ..errors import joined
+from ..errors import joined, printable
 from ..lora.checkpoint import AdapterCheckpoint
 from .adapters import Adapters
 from .arrangement import Arrangement, Factor, LayerFactors
 from .index import View
-from .layers import base_of, factors_of, groups_of, is_transposed
+from .layers import factors_of, groups_of, is_transposed
 from .new_adapter import NEW_NAME, injected_copy, remember_layers
+from .offload import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def kind_of(adapters: Adapters, checkpoint: AdapterCheckpoint) -> StoredKind:
         try:
             layers = injected_copy(adapters, config)
         except Exception as e:  # a config may hold values of any type, and PEFT then raises whatever comes
-            raise ValueError(f'{checkpoint} does not fit this base model: {" ".join(str(e).split()):.1000}') from e
+            raise ValueError(
+                f'{checkpoint} does not fit this base model: {printable(" ".join(str(e).split())):.1000}') from e
         config.init_lora_weights = init
         parameters = getattr(config, 'target_parameters', None)
         if parameters or not layers.keys() <= adapters.view.index.order.keys():
@@ -91,7 +92,7 @@ def kind_of(adapters: Adapters, checkpoint: AdapterCheckpoint) -> StoredKind:
             pair = factors_of(layer, NEW_NAME)
             if pair is None:
                 raise ValueError(f'{checkpoint} is expected to have A and B in each layer, found none in {name!r}.')
-            device = _device_of(adapters.view.modules[adapters.view.index.order[name]])
+            device = device_of(adapters.view, name) or torch.device('cpu')
             A, B = (Factor(factor.shape, factor.dtype, device) for factor in pair)
             facts.append(LayerFactors(name, A, B, groups_of(layer), is_transposed(layer)))
             scalings[name] = float(layer.scaling[NEW_NAME])
@@ -167,10 +168,3 @@ def _config_of(adapters: Adapters, checkpoint: AdapterCheckpoint) -> LoraConfig:
     except Exception as e:  # see above
         raise ValueError(f'{checkpoint} has a config that PEFT does not take: {type(e).__name__}: {e}') from e
     return config
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Returns the device of a layer, which may be wrapped."""
-    module = base_of(module)
-    tensor = next((tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta), None)
-    return torch.device('cpu') if tensor is None else tensor.device

@@ -91,3 +91,27 @@ def is_transposed(layer: LoraLayer) -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Returns whether a tensor keeps its values in tensors of its own, as a DTensor does: it has no memory itself."""
     return type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor)
+
+
+def is_kept_elsewhere(layer: LoraLayer, adapter: str) -> bool:
+    """Returns whether FSDP or ZeRO-3 keeps the values of `adapter` in `layer`, whatever the layer itself has now.
+
+    What is written to a parameter that they gathered is lost when it is sharded again.
+    """
+    modules = [layer._modules[side]._modules.get(adapter) for side in ('lora_A', 'lora_B')]
+    if None in modules:
+        modules = [layer.lora_embedding_A, layer.lora_embedding_B]
+    return any(map(_is_kept_elsewhere, modules, factors_of(layer, adapter) or ()))
+
+
+def _is_kept_elsewhere(module: Any, tensor: Tensor) -> bool:
+    # What FSDP1 flattened, and what ZeRO-3 partitions, is marked.
+    if getattr(tensor, '_fsdp_flattened', False) or hasattr(tensor, 'ds_id'):
+        return True
+    # Where FSDP1 has one parameter for all, it leaves views that are no parameters.
+    if not isinstance(tensor, nn.Parameter) and getattr(module, '_is_fsdp_managed_module', False):
+        return True
+    # FSDP2 has the module of each of its parameters tell it when values are loaded. It may be wrapped around what holds
+    # the model, so that its own state is not to be found from here.
+    hooks = module._load_state_dict_post_hooks.values()
+    return any('fsdp' in str(getattr(hook, '__module__', '')).split('.') for hook in hooks)

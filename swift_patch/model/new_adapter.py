@@ -17,8 +17,9 @@ from typing import Any, Dict, FrozenSet, Optional, Sequence, Set, Tuple, Union
 from ..errors import short_repr
 from ..lora.changes_base import changes_base
 from .adapters import Adapters
-from .layers import factors_of, groups_of, has_adapter
+from .layers import adapter_containers, factors_of, groups_of, has_adapter
 from .memory import NewAdapter
+from .offload import device_of
 from .undo import Tree, Undo, copied_containers
 
 # The name of the adapter in a copy.
@@ -172,7 +173,7 @@ def injected_copy(adapters: Adapters, config: LoraConfig) -> Dict[str, LoraLayer
     }
     if getattr(config, 'lora_dtype', None) is None:
         for layer in layers.values():
-            _take_dtype_of_base(layer)
+            _take_dtype_of_base(layer, NEW_NAME)
     if isinstance(adapters.tuner, LoraModel):
         # As where PEFT loads an adapter.
         tuner._cast_adapter_dtype(NEW_NAME, autocast_adapter_dtype=True)
@@ -195,18 +196,64 @@ def inject(adapters: Adapters, name: str, config: LoraConfig, undo: Undo) -> Ada
     # PEFT changes what needs a gradient, which inference tensors allow in their own mode alone.
     with torch.inference_mode(any(parameter.is_inference() for parameter in adapters.model.parameters())):
         injecting.inject_adapter(adapters.model, name)
+        adapters = Adapters.of(adapters.tuner, adapters.library)
+        for layer_name, layer in adapters.layers:
+            pair = factors_of(layer, name)
+            if pair is not None and tree.is_new(pair.A):
+                _place(layer, name, config, device_of(adapters.view, layer_name))
         for parameter in adapters.model.parameters():
             if tree.is_new(parameter):
                 parameter.requires_grad = False
-    return Adapters.of(adapters.tuner, adapters.library)
+    return adapters
 
 
-def _take_dtype_of_base(layer: LoraLayer) -> None:
-    """Gives the factors of a copy the dtype of the base layer, which PEFT does to none on the meta device."""
+def _place(layer: LoraLayer, adapter: str, config: LoraConfig, device: Optional[torch.device]) -> None:
+    """Puts an adapter that was injected just now where its layer computes.
+
+    PEFT puts it on the meta device where the base layer is offloaded, and leaves it on the CPU, in PyTorch's default
+    dtype, where another adapter of the layer is offloaded.
+
+    Args:
+        layer: the layer.
+        adapter: the name of the adapter. It holds zeros where it was on the meta device.
+        config: its config.
+        device: what `device_of` returns of the layer.
+
+    Raises:
+        ValueError: it has values on the meta device that come from the base layer's.
+    """
+    is_beside_offloaded = False
+    for kind, container in adapter_containers(layer).items():
+        value = container[adapter] if adapter in container else None
+        if isinstance(value, nn.Parameter):
+            container[adapter] = _placed(value, device)
+        elif isinstance(value, nn.Module):
+            for key, parameter in list(value.named_parameters(recurse=False)):
+                if parameter.is_meta and kind not in ('lora_A', 'lora_B'):
+                    raise ValueError(
+                        f'Adapter {adapter!r} is expected to be a plain LoRA where base layers are offloaded, found '
+                        f'that it has {kind}, which is made of the weights of one: load the model without offloading.')
+                setattr(value, key, _placed(parameter, device))
+        if isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
+            is_beside_offloaded |= any(parameter.is_meta for parameter in container.parameters())
+    if is_beside_offloaded and getattr(config, 'lora_dtype', None) is None:
+        _take_dtype_of_base(layer, adapter)
+
+
+def _placed(parameter: nn.Parameter, device: Optional[torch.device]) -> nn.Parameter:
+    if parameter.is_meta:
+        return nn.Parameter(torch.zeros_like(parameter, device=device or 'cpu'), requires_grad=False)
+    if device is None or parameter.device == device:
+        return parameter
+    return nn.Parameter(parameter.detach().to(device), requires_grad=False)
+
+
+def _take_dtype_of_base(layer: LoraLayer, adapter: str) -> None:
+    """Gives the factors of an adapter the dtype of the base layer, where PEFT does not."""
     base = layer.get_base_layer()
     if isinstance(base, nn.MultiheadAttention):
         base = base.out_proj
-    weight, pair = getattr(base, 'weight', None), factors_of(layer, NEW_NAME)
+    weight, pair = getattr(base, 'weight', None), factors_of(layer, adapter)
     # Not that of a quantized weight.
     if isinstance(weight, Tensor) and weight.is_floating_point():
         for factor in pair or ():
@@ -243,7 +290,8 @@ def _without_values(model: nn.Module) -> nn.Module:
             return None
         if module in modules:
             return modules[module]
-        new = modules[module] = type(module).__new__(type(module))
+        # Not by a `__new__` of its class: that of FSDP2's classes makes a module of another class.
+        new = modules[module] = object.__new__(type(module))
         # By type, not by name: torch, PEFT and ms-swift keep what belongs to an adapter in dicts.
         state = {name: copied_containers(value) for name, value in module.__dict__.items()}
         new.__dict__ = state

@@ -19,7 +19,7 @@ from ..lora.combination import Form
 from ..lora.factors import Factors, formed
 from ..lora.holders import ALONE, holders
 from .index import View
-from .layers import factors_of, groups_of, has_adapter, is_sharded, is_transposed, scalings_of
+from .layers import factors_of, groups_of, has_adapter, is_kept_elsewhere, is_sharded, is_transposed, scalings_of
 
 _parameters_of, _weight_of = attrgetter('_parameters'), itemgetter('weight')
 
@@ -48,7 +48,8 @@ class Layout:
         is_meta: whether some are on the meta device.
         is_inference: whether some were made in inference mode.
         sharded: the names of the layers that have a DTensor, or another tensor that has no memory of its own.
-        nbytes: the bytes that all take.
+        kept_elsewhere: the names of the layers whose values FSDP or ZeRO-3 keeps, though they may have all of them now.
+        nbytes: the bytes that all take on each device.
         addresses: the address of every A, then of every B.
     """
 
@@ -92,7 +93,10 @@ class Layout:
         self.is_meta = any(parameter.is_meta for parameter in parameters)
         self.is_inference = any(parameter.is_inference() for parameter in parameters)
         self.sharded = [name for name, *pair in zip(self.names, A, B) if any(map(is_sharded, pair))]
-        self.nbytes = sum(parameter.nbytes for parameter in parameters)
+        self.kept_elsewhere = [name for _, name, layer in found if is_kept_elsewhere(layer, adapter)]
+        self.nbytes: Dict[torch.device, int] = defaultdict(int)
+        for parameter in parameters:
+            self.nbytes[parameter.device] += parameter.nbytes
         self.offsets = [[0, *accumulate(map(Tensor.numel, side))] for side in (A, B)]
         # Views of one piece of memory that all kept their addresses kept their shapes: one of each run is looked at.
         self._firsts = [i for i, run in enumerate(self.runs) if i == run]

@@ -3,7 +3,7 @@ import torch
 from collections import OrderedDict
 from contextlib import ExitStack
 from torch import Tensor, nn
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping
 
 # Where copies begin in memory, in bytes: a multiple of the size of any element.
 _ALIGNMENT = 64
@@ -15,46 +15,51 @@ class Undo(ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self._spare: Dict[torch.device, Tensor] = {}
-        self._memory: Optional[Tensor] = None
-        self._used = 0
+        self._memory: Dict[torch.device, Tensor] = {}
+        self._used: Dict[torch.device, int] = {}
 
-    def reserve(self, spare: Dict[torch.device, Tensor], nbytes: int, tensors: int, device: torch.device) -> None:
+    def reserve(self, spare: Dict[torch.device, Tensor], nbytes: Mapping[torch.device, int], tensors: int) -> None:
         """Makes room for the values of tensors.
 
         Args:
             spare: memory from the last time, by device; `commit` puts this memory there for the next time, since on a
                 CPU new memory costs more than the copy.
-            nbytes: the bytes that the values take.
+            nbytes: the bytes that the values take on each device.
             tensors: how many tensors there are at most.
-            device: where they are.
         """
-        nbytes += tensors * _ALIGNMENT
         # Taken out, so that no other thread uses it meanwhile.
-        self._spare, self._memory = spare, spare.pop(device, None)
-        if self._memory is None or len(self._memory) < nbytes:
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        before = dict(spare)
+        spare.clear()
+        self._spare = spare
+        for device, size in nbytes.items():
+            size += tensors * _ALIGNMENT
+            memory = before.get(device)
+            if memory is None or len(memory) < size:
+                memory = torch.empty(size, dtype=torch.uint8, device=device)
+            self._memory[device] = memory
 
     def keep(self, tensor: Tensor) -> None:
         """Keeps the values of a tensor, to put them back."""
-        begin, end = self._used, self._used + tensor.nbytes
-        if self._memory is None or end > len(self._memory) or tensor.device != self._memory.device:
+        memory, begin = self._memory.get(tensor.device), self._used.get(tensor.device, 0)
+        end = begin + tensor.nbytes
+        if memory is None or end > len(memory):
             values = tensor.data.clone()
         else:
-            values = self._memory[begin:end].view(tensor.dtype).view(tensor.shape)
+            values = memory[begin:end].view(tensor.dtype).view(tensor.shape)
             values.copy_(tensor.data)
-            self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+            self._used[tensor.device] = -(-end // _ALIGNMENT) * _ALIGNMENT
         self.callback(_put_back, tensor, values)
 
     def pass_to(self, other: 'Undo') -> None:
         """Has `other` undo what this would undo, and keep the memory for it."""
         other.push(self.pop_all().__exit__)
-        other._spare, other._memory, self._memory = self._spare, self._memory, None
+        other._spare, other._memory, other._used = self._spare, self._memory, self._used
+        self._memory = {}
 
     def commit(self) -> None:
         """Keeps what was done."""
         self.pop_all()
-        if self._memory is not None:
-            self._spare[self._memory.device] = self._memory
+        self._spare.update(self._memory)
 
 
 class Tree:
@@ -92,7 +97,7 @@ class Tree:
                 with torch.inference_mode(parameter.is_inference()):
                     parameter.requires_grad_(requires_grad)
 
-    def is_new(self, parameter: nn.Parameter) -> bool:
+    def is_new(self, parameter: Tensor) -> bool:
         """Returns whether a parameter was not in the tree."""
         return id(parameter) not in self._known
 

@@ -73,7 +73,7 @@ def write(adapters: Adapters, adapter_name: str, plan: Plan, merged: Callable[[B
     layout = target.layout
     record = adapters.record_or_none(adapter_name)
     if record is not None:
-        undo.reserve(record.memory.spare, layout.nbytes, len(target.parameters), target.parameters[0].device)
+        undo.reserve(record.memory.spare, layout.nbytes, len(target.parameters))
     with torch.inference_mode(layout.is_inference), torch.no_grad():
         fill(target, plan, merged, undo.keep)
         # The adapter has biases where the first source has, and they are never merged.

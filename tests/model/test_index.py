@@ -192,11 +192,11 @@ def live_bytes(but):
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        # Tensors that compiling (meta) and vmap (batched: transformers' masks) left behind have no memory.
+        # Tensors that compiling (meta), vmap (batched: transformers' masks) and sparse ones left behind have no memory.
         tensors = [
             thing for thing in gc.get_objects()
             if isinstance(thing, torch.Tensor) and type(thing) in (torch.Tensor, nn.Parameter) and not thing.is_meta
-            and not torch._C._functorch.is_functorch_wrapped_tensor(thing)
+            and thing.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(thing)
         ]
     of_model = {tensor.untyped_storage().data_ptr() for tensor in (*but.parameters(), *but.buffers())}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
