@@ -1,11 +1,13 @@
-"""The input of `swift-patch infer`: JSON lines, all of them checked before anything expensive is done."""
+"""The input of `swift-patch infer`: samples, all of them checked before anything expensive is done, and JSON lines."""
 import codecs
 import difflib
+import functools
 import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import (Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple,
+                    Union)
 
 from ..errors import short_repr
 from ..lora.numbers import equal_weights, is_finite_weight
@@ -17,19 +19,37 @@ ANSWERED_ROLES = ('user', 'tool', 'tool_response')
 # ms-swift serializes the content of these itself, so that it may be any JSON value.
 JSON_ROLES = ('tool_call', 'tool_response', 'tool')
 # The keys that a result line adds to its input line.
-RESULT_KEYS = ('response', 'labels', 'logprobs', 'merge_method', 'line')
+RESULT_KEYS = ('response', 'labels', 'logprobs', 'merge_method', 'line', 'error')
 
 # What a misspelled key most likely stands for. Any other key that is unknown is the user's own.
 _GUARDED_KEYS = ('adapters', 'weights')
+
+# What ms-swift reads in another way than as it stands, besides and inside of `messages`.
+_MEANT_KEYS = frozenset(('conversation', 'conversations', 'system', 'system_prompt', 'image', 'audio', 'video'))
+_MEANT_ROLES = ('human', 'gpt', 'bot', 'function_call', 'function_response', 'observation', 'observations')
+_SHAREGPT_KEYS = frozenset(('from', 'value', 'user', 'human', 'assistant', 'gpt', 'bot'))
+_ANTHROPIC_PARTS = ('tool_use', 'tool_result')
 
 # Problems that are told of one line, and that the message shows of a file: one line may have millions.
 _MAX_SHOWN = 20
 # Longer ones are no misspellings, and comparing them would take long.
 _MAX_SPELLED = 100
+# So often it is told how many lines have been read.
+_LINES_TOLD = 1000
+
+# An object and its number, counted from 1: of a line of a file, or of a row of a table.
+Line = Tuple[int, Dict[str, Any]]
+# A number of a line, and what is wrong there.
+Problem = Tuple[int, str]
 
 
 class DatasetError(ValueError):
     """Everything that is wrong with a dataset.
+
+    Args:
+        path: The dataset.
+        problems: All of them in the order of the file.
+        unit: What their numbers count: 'line', or 'row' of what is no JSON lines.
 
     Attributes:
         path: The dataset.
@@ -37,14 +57,27 @@ class DatasetError(ValueError):
             from 1, description). The message of the exception shows the first twenty.
     """
 
-    def __init__(self, path: Union[str, Path], problems: List[Tuple[int, str]]) -> None:
+    def __init__(self, path: Union[str, Path], problems: List[Problem], unit: str = 'line') -> None:
         self.path = str(path)
         self.problems = problems
         lines = [f'{path}: {len(problems)} {"problem" if len(problems) == 1 else "problems"}']
-        lines += [f'  line {number}: {text}' for number, text in problems[:_MAX_SHOWN]]
+        lines += [f'  {unit} {number}: {text}' for number, text in problems[:_MAX_SHOWN]]
         if len(problems) > _MAX_SHOWN:
             lines.append(f'  ... and {len(problems) - _MAX_SHOWN} more')
         super().__init__('\n'.join(lines))
+
+    @classmethod
+    def joined(cls, errors: Sequence[ValueError]) -> ValueError:
+        """Makes one error of those of several datasets, of which each names its own."""
+        if len(errors) == 1:
+            return errors[0]
+        text = '\n'.join(map(str, errors))
+        told = [error for error in errors if isinstance(error, cls)]
+        if not told:
+            return ValueError(text)
+        joined = cls(', '.join(error.path for error in told), [problem for error in told for problem in error.problems])
+        joined.args = (text, )
+        return joined
 
 
 @dataclass(frozen=True)
@@ -52,28 +85,40 @@ class Sample:
     """One checked line of a dataset.
 
     Attributes:
-        line: The number of the line in the file, counted from 1.
-        data: The object on the line, as it was read.
+        dataset: The dataset as it was given, without the number of samples to take of it.
+        line: The number of the line in the file, or of the row of what is no JSON lines, counted from 1.
+        data: The object on the line, as it was read; `adapters` are added to one that names none.
         messages: What the model is asked: the line's messages without a trailing answer.
         label: The content of the trailing assistant message, None where there is none.
         adapters: The names of the adapters to compose, each once.
         weights: One finite number per adapter, 1/k each where the line gives none.
+        unit: What `line` counts: 'line' or 'row'.
     """
+    dataset: str
     line: int
     data: Dict[str, Any]
     messages: List[Dict[str, Any]]
     label: Any
     adapters: Tuple[str, ...]
     weights: Tuple[float, ...]
+    unit: str = 'line'
 
 
-def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]:
+def read_dataset(path: Union[str, Path],
+                 names: Collection[str],
+                 *,
+                 default_adapters: Optional[Mapping[str, float]] = None,
+                 convert: Optional[Callable[[List[Line]], Tuple[List[Line], List[Problem]]]] = None,
+                 on_read: Callable[[int], Any] = lambda count: None) -> List[Sample]:
     """Reads a JSONL dataset and checks every line of it. Blank lines are skipped.
 
     Args:
         path: The file. Each line is `{"messages": [...], "adapters": [NAME, ...], "weights": [number, ...], ...}`;
             `weights` may be left out, other keys are kept.
         names: The adapters that a line may name.
+        default_adapters: The weights of the adapters of lines that name none; what `check_default_adapters` returned.
+        convert: Makes such lines of all objects that were read, and tells what is wrong with others.
+        on_read: Called now and then with the number of lines read since the last call.
 
     Returns:
         The samples in the order of the file.
@@ -83,37 +128,131 @@ def read_dataset(path: Union[str, Path], names: Collection[str]) -> List[Sample]
         ValueError: If the file cannot be read or has no samples.
     """
     try:
-        content = Path(path).read_bytes()
-    except (OSError, ValueError) as e:  # a path with a NUL in it is a ValueError
+        content = Path(path).expanduser().read_bytes()
+    except (OSError, ValueError, RuntimeError) as e:  # a path with a NUL in it is a ValueError, ~nobody a RuntimeError
         raise ValueError(f'Cannot read the dataset {path}: {getattr(e, "strerror", None) or e}.') from e
-    samples: List[Sample] = []
-    problems: List[Tuple[int, str]] = []
+    lines: List[Line] = []
+    problems: List[Problem] = []
     # Not `splitlines`: it also splits at characters that JSON allows inside of strings.
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b'\n'), start=1):
-        if not line.strip():
-            continue
-        try:
-            data = _parse(line)
-        except ValueError as e:
-            problems.append((number, str(e)))
-            continue
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).rstrip(b'\n').split(b'\n'), start=1):
+        if line.strip():
+            try:
+                lines.append((number, parse(line)))
+            except ValueError as e:
+                problems.append((number, str(e)))
+        if number % _LINES_TOLD == 0:
+            on_read(_LINES_TOLD)
+    on_read(number % _LINES_TOLD)
+    if convert is not None:
+        lines, refused = convert(lines)
+        problems += refused
+    return check_lines(str(path), lines, names, default_adapters=default_adapters, problems=problems)
+
+
+def check_lines(dataset: str,
+                lines: Iterable[Line],
+                names: Collection[str],
+                *,
+                default_adapters: Optional[Mapping[str, float]] = None,
+                problems: Iterable[Problem] = (),
+                unit: str = 'line') -> List[Sample]:
+    """Makes samples of objects that were read.
+
+    Args:
+        dataset: Where they are from.
+        lines: The objects, with `messages` in ms-swift's own form.
+        names: The adapters that they may name.
+        default_adapters: The weights of the adapters of those that name none.
+        problems: What is known to be wrong already.
+        unit: What the numbers of the lines count: 'line' or 'row'.
+
+    Returns:
+        The samples in the order of the lines.
+
+    Raises:
+        DatasetError: If anything is wrong. It holds all problems.
+        ValueError: If there are no samples.
+    """
+    samples: List[Sample] = []
+    found = list(problems)
+    for number, data in lines:
         # Where names are looked for that are like another, of ten thousand, only for those that are shown.
-        is_shown = len(problems) < _MAX_SHOWN
-        all_found = itertools.chain(_check_messages(data), _check_adapters(data, names, is_shown), _check_keys(data))
-        found = list(itertools.islice(all_found, _MAX_SHOWN))
-        if found:
-            problems += [(number, problem) for problem in found]
+        is_shown = len(found) < _MAX_SHOWN
+        all_wrong = itertools.chain(
+            _check_messages(data), _check_adapters(data, names, is_shown, default_adapters), _check_keys(data))
+        wrong = list(itertools.islice(all_wrong, _MAX_SHOWN))
+        if wrong:
+            found += [(number, problem) for problem in wrong]
         else:
-            samples.append(_to_sample(number, data))
-    if problems:
-        raise DatasetError(path, problems)
+            samples.append(_to_sample(dataset, number, data, default_adapters or {}, unit))
+    if found:
+        raise DatasetError(dataset, sorted(found, key=lambda problem: problem[0]), unit)
     if not samples:
-        raise ValueError(f'The dataset {path} has no samples.')
+        raise ValueError(f'The dataset {dataset} has no samples.')
     return samples
 
 
-def _parse(line: bytes) -> Dict[str, Any]:
-    """Parses one line strictly. Raises ValueError with a text that needs no context."""
+def check_default_adapters(default_adapters: Mapping[str, Optional[float]], names: Collection[str]) -> Dict[str, float]:
+    """Checks the adapters of lines that name none.
+
+    Args:
+        default_adapters: The weight of each; None of all is 1/k.
+        names: The adapters that there are.
+
+    Returns:
+        The weight of each.
+
+    Raises:
+        ValueError: If they are none that a line may have.
+    """
+    weights: Optional[List[Any]] = list(default_adapters.values())
+    if all(weight is None for weight in default_adapters.values()):
+        weights = None
+    elif any(weight is None for weight in default_adapters.values()):
+        raise ValueError('--default_adapters: expected weights for all of them or for none, found some without one.')
+    # A line that names them has the same problems.
+    data = {'adapters': list(default_adapters), 'weights': weights}
+    problems = list(_check_adapters(data, names, is_shown=True, default_adapters=None))
+    if problems:
+        raise ValueError(f'--default_adapters: {"; ".join(problems[:_MAX_SHOWN])}.')
+    return dict(zip(default_adapters, weights or equal_weights(len(default_adapters))))
+
+
+def is_plain(lines: Iterable[Line]) -> bool:
+    """Tells whether JSON lines are in ms-swift's own form, so that nothing of them needs a conversion.
+
+    They are where lines have `messages`, and no line has what ms-swift reads in another way than as it stands: a
+    sharegpt role, a `system` beside the messages, an Anthropic tool result, ...
+    """
+    has_messages = False
+    for _, data in lines:
+        if not _MEANT_KEYS.isdisjoint(map(str.lower, data)):
+            return False
+        messages = data.get('messages')
+        if messages is None:
+            continue
+        has_messages = True
+        if isinstance(messages, list) and any(map(_is_foreign, messages)):
+            return False
+    return has_messages
+
+
+def _is_foreign(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return False
+    if 'role' not in message and 'content' not in message:
+        return not _SHAREGPT_KEYS.isdisjoint(message)
+    role, content = message.get('role'), message.get('content')
+    return role in _MEANT_ROLES or isinstance(content, list) and any(
+        isinstance(part, dict) and (part.get('type') in _ANTHROPIC_PARTS or 'source' in part) for part in content)
+
+
+def parse(line: bytes) -> Dict[str, Any]:
+    """Parses one line strictly.
+
+    Raises:
+        ValueError: If it is no JSON object, with a text that needs no context.
+    """
     try:
         text = line.decode('utf-8')
     except UnicodeDecodeError as e:
@@ -189,10 +328,16 @@ def _check_message(message: Any, *, is_first: bool) -> Optional[str]:
     return None
 
 
-def _check_adapters(data: Dict[str, Any], names: Collection[str], is_shown: bool) -> Iterator[str]:
+def _check_adapters(data: Dict[str, Any], names: Collection[str], is_shown: bool,
+                    default_adapters: Optional[Mapping[str, float]]) -> Iterator[str]:
     adapters = data.get('adapters')
+    if adapters is None and default_adapters:
+        if data.get('weights') is not None:
+            yield '`weights` are those of `adapters`, which are missing'
+        return
     if not isinstance(adapters, list) or not adapters:
-        yield _expected(data, 'adapters', 'a non-empty list of adapter names')
+        problem = _expected(data, 'adapters', 'a non-empty list of adapter names')
+        yield problem if 'adapters' in data else f'{problem}, or give --default_adapters'
         return
     seen: Set[str] = set()
     for i, name in enumerate(adapters):
@@ -225,25 +370,37 @@ def _check_keys(data: Dict[str, Any]) -> Iterator[str]:
     for key in RESULT_KEYS:
         if key in data:
             yield f'the key {key!r} is one that result lines add; rename it'
-    missing = [key for key in _GUARDED_KEYS if key not in data]
+    missing = tuple(key for key in _GUARDED_KEYS if key not in data)
     for key in data:
-        if len(key) > _MAX_SPELLED:
-            continue
-        for meant in difflib.get_close_matches(key.lower(), missing, n=1, cutoff=0.8):
+        meant = _meant(key.lower(), missing) if len(key) <= _MAX_SPELLED else None
+        if meant:
             yield f'unknown key {key!r}; did you mean {meant!r}? (if not, rename it)'
 
 
-def _to_sample(number: int, data: Dict[str, Any]) -> Sample:
+# All lines of a file have the same few keys, and comparing took half of the time of reading it.
+@functools.lru_cache(maxsize=1000)
+def _meant(key: str, missing: Tuple[str, ...]) -> Optional[str]:
+    return next(iter(difflib.get_close_matches(key, missing, n=1, cutoff=0.8)), None)
+
+
+def _to_sample(dataset: str, number: int, data: Dict[str, Any], default_adapters: Mapping[str, float],
+               unit: str) -> Sample:
     messages, label = _split_label(data['messages'])
-    adapters = tuple(data['adapters'])
-    weights = data.get('weights') or equal_weights(len(adapters))
+    weights: Iterable[float]
+    if data.get('adapters') is None:
+        data = {**data, 'adapters': list(default_adapters)}
+        weights = default_adapters.values()
+    else:
+        weights = data.get('weights') or equal_weights(len(data['adapters']))
     return Sample(
+        dataset=dataset,
         line=number,
         data=data,
         messages=messages,
         label=label,
-        adapters=adapters,
-        weights=tuple(float(weight) for weight in weights))
+        adapters=tuple(data['adapters']),
+        weights=tuple(float(weight) for weight in weights),
+        unit=unit)
 
 
 def _split_label(messages: List[Dict[str, Any]]) -> Tuple[List[Dict[str, Any]], Any]:

@@ -97,7 +97,7 @@ def test_content_may_be_what_ms_swift_takes(tmp_path: Path) -> None:
     (line(messages=[{'role': 'user', 'content': [{'type': 'text'}]}]), 'must have its text in `text`'),
     (line(messages=[{'role': 'assistant', 'content': 'a'}]), '`messages` has nothing to answer'),
     (line(messages=[{'role': 'system', 'content': 'a'}]), '`messages` has nothing to answer'),
-    (line(adapters=...), '`adapters` is missing; it must be a non-empty list of adapter names'),
+    (line(adapters=...), 'must be a non-empty list of adapter names, or give --default_adapters'),
     (line(adapters=[]), '`adapters` must be a non-empty list of adapter names, got an empty list'),
     (line(adapters='A'), "`adapters` must be a non-empty list of adapter names, got the string 'A'"),
     (line(adapters=['A', 1]), 'adapters[1] must be a name, got 1'),
