@@ -17,8 +17,9 @@ from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, Lis
                     Sequence, Set, Tuple)
 
 from ..compose.composer import FusionComposer
+from ..inference.arguments import swift_arguments
 from ..inference.checkpoints import check_base_model, find_checkpoints
-from ..inference.engine import load_model, swift_arguments
+from ..inference.engine import load_model
 from ..lora.checkpoint import AdapterCheckpoint
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.compiled import compile_merging

@@ -3,8 +3,8 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-from ..lora.checkpoint import (ARGS_NAME, BASE_WEIGHTS, AdapterCheckpoint, find_checkpoint, is_checkpoint, read_object,
-                               split_key)
+from ..errors import printable
+from ..lora.checkpoint import BASE_WEIGHTS, AdapterCheckpoint, find_checkpoint, is_checkpoint, read_object, split_key
 from ..lora.header import Header, opened, read_header
 from ..lora.paths import expanded, listed_in_manifest, paths_in_folder
 from .hub import Hub, is_hub_id, name_of_id, why_no_id
@@ -92,8 +92,6 @@ def find_checkpoints(adapters: Mapping[str, Union[str, Path]],
     for name, path in adapters.items():
         try:
             checkpoint = find_checkpoint(name, Path(hub.path_of(name, str(path))))
-            if checkpoint.has_args:
-                read_object(f'{checkpoint}:', checkpoint.path / ARGS_NAME)
             _lora_shapes(checkpoint)
         except OSError as e:  # it vanished meanwhile, or a folder without permission
             problems.append(f'adapter {name!r} ({path}): {e.strerror or e}.')
@@ -139,7 +137,7 @@ def _misfit(checkpoint: AdapterCheckpoint, base_shapes: Mapping[str, Tuple[int, 
         lora_shape = (*shapes[module, 'lora_B', stored_name][:1], *a_shape[1:])
         # Conv1D keeps its weight transposed.
         if sorted(base_shape) != sorted(lora_shape):
-            return f'{module} is {lora_shape} in the adapter and {base_shape} in the model'
+            return f'{printable(module)} is {lora_shape} in the adapter and {base_shape} in the model'
     return ''
 
 
@@ -158,14 +156,23 @@ def _lora_shapes(checkpoint: AdapterCheckpoint) -> Dict[Tuple[str, str, str], Tu
             # They are compared with those of the model.
             continue
         if parts is None:
-            raise ValueError(f'{checkpoint}: {key} is not a tensor of a LoRA and cannot be fused.')
+            raise ValueError(f'{checkpoint}: {printable(key)} is not a tensor of a LoRA and cannot be fused: save '
+                             f'{checkpoint.weights_file} without it.')
         shapes[parts] = shape
     for module, segment, stored_name in shapes:
         partner = segment[:-1] + ('B' if segment[-1] == 'A' else 'A')
         if (module, partner, stored_name) not in shapes:
-            raise ValueError(f'{checkpoint}: {module} has {segment} but not {partner}.')
+            raise ValueError(f'{checkpoint}: in {checkpoint.weights_file}, {printable(module)} has {segment} but not '
+                             f'{partner}: save the adapter again.')
     if not shapes:
-        raise ValueError(f'{checkpoint}: {checkpoint.weights_file} is empty.')
+        raise ValueError(f'{checkpoint}: {checkpoint.weights_file} has no tensors: save the adapter again.')
+    for (module, segment, stored_name), a_shape in shapes.items():
+        b_shape = shapes[module, segment[:-1] + 'B', stored_name]
+        # Those of a convolution may be in groups. What is empty is told when the file is compared with the model.
+        is_pair = len(a_shape) == len(b_shape) > 1 and (len(a_shape) > 2 or a_shape[0] == b_shape[1])
+        if segment[-1] == 'A' and not is_pair and 0 not in a_shape + b_shape:
+            raise ValueError(f'{checkpoint}: {checkpoint.weights_file} is expected to have A and B of one rank, found '
+                             f'shapes {a_shape} and {b_shape} for {printable(module)}: save the adapter again.')
     return shapes
 
 
@@ -175,7 +182,8 @@ def _header_shapes(prefix: str, file: Path) -> Dict[str, Tuple[int, ...]]:
             header = Header(read_header(fd))
             header.check_size(os.fstat(fd).st_size)
     except (OSError, ValueError) as e:
-        raise ValueError(f'{prefix} cannot read {file}: {e}') from e
+        reason = e.strerror or e if isinstance(e, OSError) else f'{e}. Copy it again, or save it again'
+        raise ValueError(f'{prefix} cannot read {file}: {reason}.') from e
     return {key: entry.shape for key, entry in header.entries.items()}
 
 

@@ -1,5 +1,5 @@
-"""What an engine needs: ms-swift's arguments, and one base model with all adapters loaded."""
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple, Union
+"""What an engine needs: one base model, and all adapters loaded onto it."""
+from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple, Union
 
 from ..lora.checkpoint import AdapterCheckpoint
 from .loading import load_adapters
@@ -10,31 +10,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..ms_swift import BaseArguments
-
-
-def swift_arguments(swift_args: Mapping[str, Any], checkpoints: Sequence[AdapterCheckpoint]) -> 'BaseArguments':
-    """Builds ms-swift's arguments, with which models are loaded.
-
-    Args:
-        swift_args: What users gave. As in `swift infer`, the rest comes from the args.json of the first adapter that
-            has one.
-        checkpoints: What `find_checkpoints` returned.
-
-    Raises:
-        ValueError: If ms-swift cannot use them, or if this is one process of several.
-    """
-    from swift.utils import is_dist
-
-    from ..ms_swift import BaseArguments
-    if is_dist():
-        raise ValueError('swift-patch runs in one process, but this is one of several, as of torchrun: start it by '
-                         'itself (and split the dataset of an inference to use several).')
-    # For its args.json only, from which ms-swift takes what is not given.
-    trained = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint.has_args][:1]
-    try:
-        return BaseArguments(adapters=trained, **swift_args)
-    except Exception as e:  # for users' mistakes: assertions, errors of hubs and networks, OSError, ValueError
-        raise ValueError(f'ms-swift cannot use these arguments: {type(e).__name__}: {e}') from e
 
 
 def load_base_model(args: 'BaseArguments') -> 'Tuple[nn.Module, Any]':

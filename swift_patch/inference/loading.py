@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, Sequence, Tuple, Union
 
-from ..errors import joined
+from ..errors import joined, printable, short_repr
 from ..lora.checkpoint import CONFIG_NAME, AdapterCheckpoint, join_key, split_key
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _names_adapter(checkpoint: AdapterCheckpoint) -> Iterator[None]:
         yield
     except Exception as e:  # a config may hold values of any type, and then raises whatever comes
         # Torch lists every tensor that does not fit; the first one says enough.
-        reason = ' '.join(line.strip() for line in str(e).splitlines()[:2])
+        reason = printable(' '.join(line.strip() for line in str(e).splitlines()[:2]))
         raise ValueError(f'{checkpoint} cannot be loaded onto this base model: {reason:.1000}') from e
 
 
@@ -135,7 +135,8 @@ def _load_tensors(checkpoint: AdapterCheckpoint) -> 'Dict[str, Tensor]':
         tensors: Dict[str, Tensor] = load_peft_weights(str(checkpoint.folder), device='cpu')
         return tensors
     except Exception as e:  # safetensors and pickle have errors of their own
-        raise ValueError(f'{checkpoint}: cannot read {checkpoint.weights_file}: {e}') from e
+        raise ValueError(f'{checkpoint}: cannot read {checkpoint.weights_file} ({type(e).__name__}). Copy it again, or '
+                         'save the adapter again.') from e
 
 
 def _check_arrived(base_model: 'nn.Module', checkpoint: AdapterCheckpoint, alias: str) -> None:
@@ -148,6 +149,12 @@ def _check_arrived(base_model: 'nn.Module', checkpoint: AdapterCheckpoint, alias
             expected[name] = parameter
     homeless = []
     for key, tensor in _load_tensors(checkpoint).items():
+        if split_key(key) is None:
+            raise ValueError(f'{checkpoint}: {printable(key)} is not a tensor of a LoRA and cannot be fused: save '
+                             f'{checkpoint.weights_file} without it.')
+        if not tensor.isfinite().all():
+            raise ValueError(f'{checkpoint}: tensor {short_repr(key)} of {checkpoint.weights_file} is expected to hold '
+                             'finite values, found infinite ones or NaN: train it again.')
         arrived = expected.pop(lora_parameter_name(key, alias), None)
         if arrived is None or not torch.equal(arrived, tensor.to(arrived)):
             homeless.append(key)

@@ -2,6 +2,7 @@
 import json
 import os
 import pytest
+import re
 import shutil
 import torch
 from pathlib import Path
@@ -107,8 +108,6 @@ def test_everything_that_is_no_lora_checkpoint_is_told_at_once(model_dir: str, c
     truncated = Path(edited('peft'))
     tensors = (truncated / 'adapter_model.safetensors').read_bytes()
     (truncated / 'adapter_model.safetensors').write_bytes(tensors[:-100])
-    args = Path(edited('swift'))
-    (args / 'args.json').write_text('{"model": ')
     without = Path(edited('swift'))
     (without / 'default' / 'adapter_model.safetensors').unlink()
     several = Path(edited('swift'))
@@ -122,9 +121,16 @@ def test_everything_that_is_no_lora_checkpoint_is_told_at_once(model_dir: str, c
         'broken': (broken, 'cannot read'),
         'cut': (cut, 'cannot read'),
         'truncated': (truncated, "adapter 'truncated'"),
-        'args': (args, f'cannot read {args}/args.json'),
         'without': (without, 'there is no adapter_model.safetensors'),
         'several': (several, 'it holds several adapters; give one of'),
+        'bare': (edited('peft', {'peft_type': None}), 'is expected to have a peft_type, found none'),
+        'ranks': (edited('peft', tensors=lambda t: t.update({key: t[key][:2].clone() for key in t if 'lora_A' in key})),
+                  'is expected to have A and B of one rank, found shapes (2, '),
+        'flat': (edited('swift', tensors=lambda t: t.update({key: t[key].flatten() for key in t if 'lora_A' in key})),
+                 'is expected to have A and B of one rank, found shapes ('),
+        'none': (edited('peft', tensors=lambda t: t.clear()), 'adapter_model.safetensors has no tensors'),
+        'escape': (edited('peft', tensors=lambda t: t.update({'\x1b[31mx': torch.zeros(1)})),
+                   '\\x1b[31mx is not a tensor of a LoRA and cannot be fused: save'),
         'loha': (edited('peft', {'peft_type': 'LOHA'}), 'an adapter of type LOHA, not LORA'),
         'dora': (edited('swift', {'use_dora': True}), 'trained with use_dora=True, which cannot be fused'),
         'head': (edited('peft', {'modules_to_save': ['lm_head']}), "modules_to_save=['lm_head']"),
@@ -136,7 +142,7 @@ def test_everything_that_is_no_lora_checkpoint_is_told_at_once(model_dir: str, c
     with pytest.raises(ValueError) as e:
         find_checkpoints({'good': checkpoints['peft'], **{name: str(path) for name, (path, _) in wrong.items()}})
     told = str(e.value).splitlines()
-    assert len(told) == len(wrong)
+    assert len(told) == len(wrong) and all(text.isprintable() for text in told)
     for (name, (path, reason)), text in zip(wrong.items(), told):
         assert str(path) in text and reason in text, name
 
@@ -196,6 +202,31 @@ def test_a_tensor_without_a_place_and_a_place_without_a_tensor_are_told(checkpoi
     found = find_checkpoints({'x': checkpoints[kind]})
     with pytest.raises(ValueError, match=rf"adapter 'x' \({checkpoints[kind]}\).*{told}"):
         load_adapters(load_base(other), found)
+
+
+@pytest.mark.parametrize('kind', ['swift', 'peft'])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_value_that_is_not_finite_is_told_as_such(model_dir: str, edited: Callable[..., str], kind: str,
+                                                    value: float) -> None:
+    path = edited(kind, tensors=lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(value))
+    with pytest.raises(ValueError) as e:
+        load_adapters(load_base(model_dir), find_checkpoints({'x': path}))
+    assert re.match(
+        rf"adapter 'x' \({path}\): tensor '.*' of {path}.*\.safetensors is expected to hold finite values, "
+        'found infinite ones or NaN: train it again', str(e.value))
+
+
+def test_what_is_no_tensor_of_a_lora_in_a_pickle_is_told_with_adapter_and_file(model_dir: str,
+                                                                               edited: Callable[..., str]) -> None:
+    path = Path(edited('peft'))
+    tensors = load_file(path / 'adapter_model.safetensors')
+    (path / 'adapter_model.safetensors').unlink()
+    torch.save({**tensors, '\x1b[31mx.weight': torch.zeros(1)}, path / 'adapter_model.bin')
+    with pytest.raises(ValueError) as e:
+        load_adapters(load_base(model_dir), find_checkpoints({'x': path}))
+    assert str(
+        e.value) == (f"adapter 'x' ({path}): \\x1b[31mx.weight is not a tensor of a LoRA and cannot be fused: save "
+                     f'{path}/adapter_model.bin without it.')
 
 
 @pytest.mark.parametrize('kind', ['swift', 'peft'])
