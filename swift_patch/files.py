@@ -19,6 +19,9 @@ def check_writable(path: Path) -> None:
     with os_errors_as(f'Cannot write {path}'):
         if path.is_dir():
             raise ValueError(f'Cannot write {path}: it is a folder.')
+        if path.exists() and not path.is_file():
+            # What is read from a pipe or shown by a device cannot be put in place in one step, nor gone on with.
+            raise ValueError(f'Cannot write {path}: it is not a regular file. Give the path of a file.')
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir():
             raise ValueError(f'Cannot write {path}: {folder} is not a folder.')

@@ -1,4 +1,4 @@
-"""Keep libraries from writing to a terminal that belongs to the demo."""
+"""Keep libraries from writing to a terminal that belongs to a command."""
 import contextlib
 import io
 import logging
@@ -30,3 +30,36 @@ def silenced() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         logger.removeFilter(keep_errors)
+
+
+@contextlib.contextmanager
+def without_info() -> Iterator[None]:
+    """Keeps from the terminal what ms-swift logs below a warning, and what it warns of once more."""
+    warned = set()
+
+    def keep_new_warnings(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_kept = record.levelno >= logging.WARNING and message not in warned
+        warned.add(message)
+        return is_kept
+
+    # A filter, for the same reason as above. ms-swift need not be imported yet.
+    logger = logging.getLogger('swift')
+    logger.addFilter(keep_new_warnings)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep_new_warnings)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps from the terminal the bars that transformers shows while it loads."""
+    from transformers.utils import logging as transformers_logging
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()

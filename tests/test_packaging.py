@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import swift_patch
-from swift_patch.cli import main
+from swift_patch.cli import command
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,8 +39,8 @@ def test_the_version_is_read_without_importing_the_package(project):
 
 
 def test_the_command_is_the_packages():
-    command, = metadata.entry_points(group='console_scripts', name='swift-patch')
-    assert command.load() is main
+    entry_point, = metadata.entry_points(group='console_scripts', name='swift-patch')
+    assert entry_point.load() is command
 
 
 def test_every_file_of_the_package_is_shipped(project):

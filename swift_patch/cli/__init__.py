@@ -1,12 +1,26 @@
-"""The command `swift-patch`. Each sub-command is a module with `add_parser`; none imports torch before it runs."""
-import argparse
+"""The command `swift-patch`. It is ready for Ctrl-C before it imports anything that takes long."""
+import os
+import signal
 import sys
-from rich_argparse import RichHelpFormatter
+import threading
+from types import FrameType
 from typing import List, Optional
 
-import swift_patch
-from ..patching.releases import unsupported
-from . import bench, demo, doctor, infer, upstream
+# As shells have it: 128 and the number of the signal.
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+def command() -> None:
+    """Runs `swift-patch` and ends the process with its exit code."""
+    code = main()
+    # There is nothing left to interrupt, but the code.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == _INTERRUPTED:
+        # Where the interrupt came into Python that a library runs in C, the interpreter would end by the signal.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -16,28 +30,34 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: The arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which is told on stderr.
+        The exit code: 0; 1 or 2 where the command failed, which is told on stderr; 130 where it was interrupted.
     """
-    parser = argparse.ArgumentParser(
-        prog='swift-patch',
-        description='Fuse LoRAs per sample at a flat cost.',
-        formatter_class=RichHelpFormatter,
-        allow_abbrev=False)
-    parser.add_argument('--version', action='version', version=f'swift-patch {swift_patch.__version__}')
-    subparsers = parser.add_subparsers(required=True, dest='command', metavar='COMMAND')
-    for command in (infer, bench, demo, doctor, upstream):
-        command.add_parser(subparsers)
-    for subparser in subparsers.choices.values():
-        subparser.formatter_class = RichHelpFormatter
-        subparser.allow_abbrev = False
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        # Not by `parse_args`, which would show the usage of `swift-patch` itself.
-        subparsers.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
-    reason = unsupported() if args.command in ('infer', 'bench', 'demo') else None
-    if reason is not None:
-        # Before the command imports what would fail in some way of its own.
-        print(f'swift-patch {args.command}: error: {reason}', file=sys.stderr)
-        return 2
-    code: int = args.run(args)
-    return code
+    arguments = sys.argv[1:] if argv is None else argv
+    interrupts: List[int] = []
+
+    def interrupt(number: int, frame: Optional[FrameType]) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    # Signals are the main thread's, and somebody may have said that they are to be ignored, as `nohup` does.
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    if is_ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        from .commands import run
+        return run(arguments)
+    except BaseException as e:
+        # Libraries make errors of their own of it, where it comes while they are imported.
+        if not isinstance(e, KeyboardInterrupt) and not interrupts:
+            raise
+        # With a text on how to go on, where there is something to go on with.
+        how = f'; {e}' if isinstance(e, KeyboardInterrupt) and e.args else ''
+        # The other processes of a run would say the same.
+        if os.environ.get('RANK', '0') == '0':
+            print(f'swift-patch {" ".join(arguments[:1])}: interrupted{how}', file=sys.stderr)
+        return _INTERRUPTED
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,9 +1,11 @@
 """The arguments that commands share, and types for argparse."""
 import argparse
 import math
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 from ..lora import combination
+from ..lora.paths import expanded
 
 # Handed to ms-swift as they are; one that is not given is left to ms-swift.
 MODEL_OPTIONS = ('model', 'model_type', 'model_revision', 'use_hf', 'torch_dtype', 'device_map', 'attn_impl')
@@ -56,21 +58,27 @@ def add_combination(group: argparse._ActionsContainer,
         '--svd_rank', type=number(int, 1), help='the rank of the fused adapter for svd combination types')
     group.add_argument(
         '--majority_sign_method', choices=('total', 'frequency'), help='how ties combination types elect signs')
-    group.add_argument(
+    add_bool(
+        group,
         '--compile_merging',
-        action='store_true',
+        default=False,
         help='merge by a kernel that torch.compile makes (linear and average): a pause, then about half the time in '
         'half precision')
 
 
-def add_bool(group: argparse._ActionsContainer, name: str, *, help: str) -> None:
+def add_bool(group: argparse._ActionsContainer, name: str, *, help: str, default: Optional[bool] = None) -> None:
     """Adds a switch in ms-swift's manner: `--name`, `--name true` or `--name false`."""
-    group.add_argument(name, type=_bool, nargs='?', const=True, metavar='BOOL', help=help)
+    group.add_argument(name, type=_bool, nargs='?', const=True, default=default, metavar='BOOL', help=help)
 
 
 def given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
     """Returns those of the options that were given, by name."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def file_path(text: str) -> Path:
+    """A type for argparse: a path, in which the user's home and variables stand for what they are."""
+    return Path(expanded(text))
 
 
 def number(kind: Callable[[str], Union[int, float]],

@@ -3,13 +3,12 @@ import argparse
 import os
 import sys
 from functools import partial
-from pathlib import Path
 from rich.console import Console
 
 from ..files import check_replaceable, write_whole
 from ..inference.checkpoints import parse_adapters
 from .arguments import (COMBINATION_TYPES, COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_combination,
-                        add_model_group, given, number)
+                        add_model_group, file_path, given, number)
 from .doctor import versions
 from .progress import stage
 
@@ -58,10 +57,10 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         'told (default: %(default)s)')
 
     group = parser.add_argument_group('output')
-    group.add_argument('--picture', type=Path, metavar='FILE', help='draw the seconds: a .png, .svg or .pdf')
+    group.add_argument('--picture', type=file_path, metavar='FILE', help='draw the seconds: a .png, .svg or .pdf')
     group.add_argument(
         '--json',
-        type=Path,
+        type=file_path,
         metavar='FILE',
         help='write the settings, the machine, the samples and all seconds: schema_version 1')
     group.add_argument('--overwrite', action='store_true', help='replace existing files')
@@ -115,9 +114,6 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as e:
         print(f'swift-patch bench: error: {e}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print('swift-patch bench: interrupted', file=sys.stderr)
-        return 130
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import short_repr
+from .arguments import file_path
 from .progress import stage
 
 # All of them are made before the first is answered.
@@ -23,7 +24,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         description='Build a small Qwen2, train 14 LoRAs on it with ms-swift, answer mixed samples with 3 LoRAs each '
         'through stock ms-swift and through the patch, and show the seconds that composing took and the accuracy of '
         'each merge method. Everything happens offline, on the CPU.')
-    parser.add_argument('--output_dir', type=Path, default=Path('demo_out'), help='(default: %(default)s)')
+    parser.add_argument('--output_dir', type=file_path, default=Path('demo_out'), help='(default: %(default)s)')
     parser.add_argument('--samples', type=int, default=60, help='how many mixed samples (default: %(default)s)')
     parser.add_argument(
         '--stock_seconds',

@@ -11,6 +11,7 @@ from ..files import check_replaceable, write_whole
 from ..upstream.change import changes, together, write
 from ..upstream.parts import PARTS, text
 from ..upstream.series import series
+from .arguments import file_path
 
 _AUTHOR = 'swift_patch authors <swift_patch@example.invalid>'
 
@@ -25,20 +26,23 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         'SwiftModel.update_weighted_adapter. Each has its test.')
     parser.set_defaults(run=run)
     parser.add_argument(
-        '--repo', type=Path, required=True, metavar='PATH', help='a checkout of ms-swift, of a supported release')
+        '--repo', type=file_path, required=True, metavar='PATH', help='a checkout of ms-swift, of a supported release')
     parser.add_argument(
         '--part', choices=PARTS, action='append', help='make this change; may be given again (default: all three)')
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
-        '--diff', type=Path, metavar='FILE', help='write a diff for `git apply` to FILE and leave the checkout alone')
+        '--diff',
+        type=file_path,
+        metavar='FILE',
+        help='write a diff for `git apply` to FILE and leave the checkout alone')
     output.add_argument(
         '--series',
-        type=Path,
+        type=file_path,
         metavar='DIR',
         help='write a patch for `git am` for each part, with its text, to DIR and leave the checkout alone')
     parser.add_argument('--author', default=_AUTHOR, metavar='"NAME <EMAIL>"', help='who the patches are from')
     parser.add_argument(
-        '--pull_request', type=Path, metavar='FILE', help='write the text of the one --part to FILE (Markdown)')
+        '--pull_request', type=file_path, metavar='FILE', help='write the text of the one --part to FILE (Markdown)')
     parser.add_argument('--overwrite', action='store_true', help='replace existing files')
 
 

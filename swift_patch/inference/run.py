@@ -1,191 +1,167 @@
 """The run of `swift-patch infer`: check everything, load once, then compose, generate and write batch by batch."""
+import os
+import threading
 import time
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Dict, Optional
 
-from ..files import os_errors_as
-from ..lora.checkpoint import AdapterCheckpoint
-from ..lora.numbers import derived_seed
-from ..patching import why_not_applied
-from .batches import batches
-from .checkpoints import check_base_model, find_checkpoints
-from .config import InferConfig, InferSummary
-from .dataset import DatasetError, Sample, read_dataset
-from .engine import load_base_model, swift_arguments
-from .results import ResultFile, check_result_path, result_line, write_line
+from .config import Answer, InferConfig, InferSummary, Stage, no_stage
+from .generator import Generator
+from .metrics import metric_of
+from .plan import Job, Plan, make_job, make_plan
+from .ranks import RankDied, Ranks, Terminated, joined
+from .results import ResultFile, result_line
 
 if TYPE_CHECKING:
-    from ..lora.library import AdapterLibrary
-    from ..ms_swift import BaseArguments, InferRequest
+    from ..ms_swift import InferArguments
 
-# The keys of a sample that ms-swift's engine takes besides the messages.
-REQUEST_KEYS = ('images', 'audios', 'videos', 'tools', 'objects', 'chat_template_kwargs')
+# Held by a run: loading a model and seeding are of the whole process, and another thread would disturb them.
+_ALONE = threading.RLock()
 
 
-def run_infer(config: InferConfig) -> InferSummary:
-    """Answers every sample of a dataset with its own composition of adapters.
+@dataclass
+class _Done:
+    """What a rank made of a batch."""
+    answers: Dict[int, Answer]
+    seconds_composing: float
+    seconds_generating: float
 
-    No file is written before the dataset, the adapters, the options, an existing result file, the template's view of
+
+def run_infer(config: InferConfig, stage: Stage = no_stage) -> InferSummary:
+    """Answers every sample of some datasets with its own composition of adapters.
+
+    No file is written before the samples, the adapters, the options, an existing result file, the template's view of
     every sample and the loading of the model have all succeeded. Each result line is flushed when its sample and all
     before it are done. The lines depend on the inputs only (the random state is seeded per batch, and batches do not
-    depend on what is finished), so that a resumed run writes the same file.
+    depend on what is finished or on how many processes there are), so that a resumed run writes the same file.
+
+    Threads that call it wait for each other. Started in several processes, as by torchrun, it shares the batches among
+    them; the first one writes.
 
     Args:
         config: What to run.
+        stage: Shows how far it is.
 
     Returns:
-        How many samples, and how long it took.
+        What was done; in processes other than the first nothing but the path.
 
     Raises:
         DatasetError: If samples are wrong, with all of them.
         ValueError: If anything else that a user can put right is wrong.
+        RankDied: If another process of the run ended.
         KeyboardInterrupt: Where it was interrupted; once there is a result file, with a text on how to go on.
     """
-    reason = why_not_applied()
-    if reason is not None:
-        raise ValueError(reason)
-    samples = read_dataset(config.val_dataset, config.adapters)
-    check_result_path(config)
-    used = {name for sample in samples for name in sample.adapters}
-    # The others may be ten thousand, and broken.
-    named = {name: path for name, path in config.adapters.items() if name in used}
-    checkpoints = find_checkpoints(named, config.swift_args)
-    from ..lora.combination import options_of_method
-    from ..lora.compiled import compile_merging
-    if config.compile_merging:
-        compile_merging()
-    options_of_method(config.merge_method, **config.composer_args)
-    args = swift_arguments(config.swift_args, checkpoints)
-    results = ResultFile(config, args, samples, checkpoints)
-    summary = InferSummary(resumed=results.num_finished)
-    if summary.resumed == len(samples):
-        return summary
+    if config.swift_args.get('stream'):
+        # They are shown one after another.
+        config = replace(config, max_batch_size=1)
+    with _ALONE, joined() as ranks, ExitStack() as stack:
+        job = make_job(config, ranks, stage)
+        path = Path(config.result_path or _default_path(job.args))
+        summary = InferSummary(str(path))
+        # Of the first rank alone.
+        results: Optional[ResultFile] = None
 
-    check_base_model(checkpoints, args.model_dir)
-    requests = [_to_request(sample) for sample in samples]
-    lengths = _check_template(config, args, samples, requests)
-    with os_errors_as(f'Cannot write {results.path}'):
-        results.path.parent.mkdir(parents=True, exist_ok=True)
-    generator = _Generator(config, args, checkpoints, samples)
+        def open_results() -> Plan:
+            nonlocal results
+            results = stack.enter_context(ResultFile(path, config, job.args, job.samples, job.checkpoints))
+            return make_plan(job, results.todo, stage)
 
-    from tqdm import tqdm
-    with results.open() as file, tqdm(
-            total=len(samples), initial=summary.resumed, unit='sample', dynamic_ncols=True) as progress:
-        start = time.perf_counter()
-        # Answers whose lines wait for those of samples before them.
-        answers: Dict[int, Any] = {}
-        written = summary.resumed
-        try:
-            for batch in batches(lengths, config.max_batch_size):
-                if max(batch) < summary.resumed:
-                    continue
-                answers.update(zip(batch, generator.answer(batch, samples, requests)))
-                while written in answers:
-                    line = _line_of(config, samples[written], answers.pop(written))
-                    with os_errors_as(f'Cannot write {results.path}'):
-                        write_line(file, line)
-                    written += 1
-                    progress.update()
-                    summary.samples = written - summary.resumed
-                    summary.seconds = time.perf_counter() - start
-                    summary.seconds_composing = generator.engine.seconds_composing
-                    summary.seconds_generating = generator.engine.seconds_generating
-                # Those of this batch that were finished before.
-                answers = {number: answer for number, answer in answers.items() if number >= written}
-        except KeyboardInterrupt as e:
-            raise KeyboardInterrupt(f'--resume goes on with {results.path}') from e
+        plan = ranks.from_main(open_results)
+        if results is not None:
+            summary = InferSummary(str(results.path), resumed=results.num_finished, errors=results.num_errors)
+        if plan.batches or plan.refused:
+            _answer(job, plan, ranks, results, summary, stage)
+    if job.args.metric and results is not None:
+        summary.metric = metric_of(job.args.metric, results.path)
     return summary
 
 
-class _Generator:
-    """The base model in an engine that composes, from adapters that stay on disk."""
+def _answer(job: Job, plan: Plan, ranks: Ranks, results: Optional[ResultFile], summary: InferSummary,
+            stage: Stage) -> None:
+    """Does what is planned, on all ranks; the one that has the results writes them and counts."""
+    with stage('Loading the model'):
+        generator = ranks.on_all(lambda: Generator(job.config, job.args, job.checkpoints, job.samples)
+                                 if plan.batches else None)
 
-    def __init__(self, config: InferConfig, args: 'BaseArguments', checkpoints: Sequence[AdapterCheckpoint],
-                 samples: Sequence[Sample]):
-        from ..compose.engine import FusionEngine
-        from ..lora.library import AdapterLibrary
-        self.seed = args.seed
-        model, template = load_base_model(args)
-        library = AdapterLibrary({checkpoint.name: checkpoint.path for checkpoint in checkpoints})
-        self.engine = FusionEngine(
-            model,
-            template,
-            max_batch_size=min(config.max_batch_size, len(samples)),
-            library=library,
-            adapter_name=_free_name(library),
-            merge_method=config.merge_method,
-            **config.composer_args)
-        # Errors take the places of responses, so that the other samples of a batch are answered.
-        self.engine.strict = False
-        self.engine.composer.check(list(library))
-        # From all samples, so that a resumed run computes with the same shapes.
-        self.engine.reserve(list(library), max_sources=max(len(sample.adapters) for sample in samples))
-        self.request_config = args.get_request_config()
+    def answer(number: int) -> _Done:
+        assert generator is not None, 'there are batches'
+        engine, batch = generator.engine, plan.batches[number]
+        composing, generating = engine.seconds_composing, engine.seconds_generating
+        answers = generator.answer(batch)
+        return _Done(
+            dict(zip(batch, answers)), engine.seconds_composing - composing, engine.seconds_generating - generating)
 
-    def answer(self, batch: Sequence[int], samples: Sequence[Sample], requests: 'Sequence[InferRequest]') -> List[Any]:
-        """Returns, for each sample of a batch, the response or what went wrong."""
-        found: List[Any] = self.engine.infer(
-            [requests[number] for number in batch],
-            self.request_config,
-            use_tqdm=False,
-            compositions=[dict(zip(samples[number].adapters, samples[number].weights)) for number in batch],
-            # They come from the places of the samples alone.
-            seeds=[derived_seed(self.seed, number) for number in batch])
-        return found
+    with (no_stage if job.args.stream else stage)('Answering', len(job.samples), summary.resumed) as advance:
+        writer = None if results is None else _Writer(job, results, plan.refused, summary, advance)
 
+        def deliver(number: int, done: _Done) -> None:
+            if writer is not None:
+                writer.take(done)
 
-def _free_name(library: 'AdapterLibrary') -> str:
-    """Returns a name for the fused adapter that none of the library has."""
-    name = 'fused'
-    while name in library:
-        name += '_'
-    return name
-
-
-def _line_of(config: InferConfig, sample: Sample, answer: Any) -> Dict[str, Any]:
-    """Returns the result line of a sample, or raises what went wrong with it."""
-    if isinstance(answer, ValueError):
-        raise ValueError(f'{config.val_dataset}, line {sample.line}: {answer}') from answer
-    if isinstance(answer, Exception):
-        raise answer
-    choice = answer.choices[0]
-    return result_line(config, sample, choice.message.content, choice.logprobs)
-
-
-def _to_request(sample: Sample) -> 'InferRequest':
-    from ..ms_swift import InferRequest
-    extra = {key: sample.data[key] for key in REQUEST_KEYS if sample.data.get(key) is not None}
-    return InferRequest(messages=sample.messages, **extra)
-
-
-def _check_template(config: InferConfig, args: 'BaseArguments', samples: Sequence[Sample],
-                    requests: 'Sequence[InferRequest]') -> List[Optional[int]]:
-    """Encodes every sample with the model's template, for which the model itself is not needed.
-
-    Returns:
-        How many tokens each has, None where that is not known.
-
-    Raises:
-        DatasetError: If there are samples that the template refuses or that leave no room for an answer.
-    """
-    if args.task_type != 'causal_lm':
-        raise ValueError(f'swift-patch infer generates text, but this is a model for {args.task_type}.')
-    if args.model_meta.is_multimodal:  # encoding would load every image twice
-        return [None] * len(samples)
-    from ..ms_swift import TEMPLATE_MODE, get_template
-    template = get_template(args)
-    template.set_mode(TEMPLATE_MODE)
-    max_model_len = template.model_info.max_model_len
-    problems: List[Tuple[int, str]] = []
-    lengths: List[Optional[int]] = []
-    for sample, request in zip(samples, requests):
         try:
-            length = len(template.encode(request)['input_ids'])
-        except Exception as e:  # templates raise whatever comes: assertions, KeyError, ValueError
-            problems.append((sample.line, f"the model's template refuses it: {type(e).__name__}: {str(e):.300}"))
-            continue
-        lengths.append(length)
-        if max_model_len is not None and length >= max_model_len:
-            problems.append((sample.line, f'{length} tokens leave no room for an answer in {max_model_len}'))
-    if problems:
-        raise DatasetError(config.val_dataset, problems)
-    return lengths
+            ranks.share(range(len(plan.batches)), answer, deliver)
+        except (KeyboardInterrupt, RankDied, Terminated) as e:
+            raise type(e)(f'{e} --resume goes on with {summary.result_path}'.lstrip()) from e
+
+
+class _Writer:
+    """Writes the lines of answers in the order of the dataset, and counts.
+
+    Args:
+        job: What is asked.
+        results: The file.
+        refused: Why samples cannot be asked, by number.
+        summary: What is counted into.
+        advance: Called with how many more lines are written.
+    """
+
+    def __init__(self, job: Job, results: ResultFile, refused: Dict[int, str], summary: InferSummary,
+                 advance: Callable[[int], None]):
+        self._config = job.config
+        self._samples = job.samples
+        self._results = results
+        self._summary = summary
+        self._advance = advance
+        self._todo = deque(results.todo)
+        self._meant = set(results.todo)
+        # Those whose lines wait for those of samples before them.
+        self._answers = {number: Answer(error=reason) for number, reason in refused.items()}
+        results.start()
+        self._start = time.perf_counter()
+        self._write()
+
+    def take(self, done: _Done) -> None:
+        """Takes what came of a batch.
+
+        Raises:
+            ValueError: A sample failed and the run is strict; the lines before it are written. Or nothing can be
+                written.
+        """
+        self._summary.seconds_composing += done.seconds_composing
+        self._summary.seconds_generating += done.seconds_generating
+        # Others of the batch were finished before.
+        self._answers.update((number, answer) for number, answer in done.answers.items() if number in self._meant)
+        self._write()
+
+    def _write(self) -> None:
+        while self._todo and self._todo[0] in self._answers:
+            number = self._todo[0]
+            answer, sample = self._answers.pop(number), self._samples[number]
+            if answer.error is not None and self._config.strict:
+                raise ValueError(f'{sample.dataset}, {sample.unit} {sample.line}: {answer.error}')
+            self._results.write(number, result_line(self._config, sample, answer))
+            self._todo.popleft()
+            self._summary.samples += 1
+            self._summary.tokens += answer.tokens
+            self._summary.errors += answer.error is not None
+            self._advance(1)
+        self._summary.seconds = time.perf_counter() - self._start
+
+
+def _default_path(args: 'InferArguments') -> str:
+    """Returns where results go by default: where `swift infer` puts those of a model without adapters."""
+    return os.path.join('result', args.model_suffix, 'infer_result', f'{datetime.now():%Y%m%d-%H%M%S}.jsonl')

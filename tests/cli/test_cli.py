@@ -62,7 +62,7 @@ def test_a_command_is_required(capsys):
 def test_infer_hands_the_option_compile_merging_on(monkeypatch, capsys, option):
     from swift_patch.inference import run
 
-    def stop(config):
+    def stop(config, stage):
         raise ValueError(f'stopped with {config.compile_merging}')
 
     monkeypatch.setattr(run, 'run_infer', stop)

@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 from unittest import mock
 
 from swift_patch import ms_swift
-from swift_patch.inference.batches import batches
+from swift_patch.inference.batches import batches, looked_at
 from swift_patch.inference.config import InferConfig
 from swift_patch.inference.run import run_infer
 
@@ -20,7 +20,7 @@ lengths = st.lists(st.one_of(st.none(), st.integers(1, 50)), max_size=60)
 
 @given(lengths, st.integers(1, 9))
 def test_every_sample_is_in_one_batch_and_not_far_from_its_place(found: List[Any], size: int) -> None:
-    all_batches = list(batches(found, size))
+    all_batches = list(batches(dict(enumerate(found)), size))
     assert sorted(number for batch in all_batches for number in batch) == list(range(len(found)))
     assert all(0 < len(batch) <= size for batch in all_batches)
     assert len(all_batches) == -(-len(found) // size)
@@ -28,12 +28,30 @@ def test_every_sample_is_in_one_batch_and_not_far_from_its_place(found: List[Any
     assert all(abs(place - number) < 4 * size for place, number in enumerate(order))
 
 
+@given(lengths, st.integers(1, 9), st.data())
+def test_batches_are_the_same_where_only_those_near_some_samples_are_looked_at(found: List[Any], size: int,
+                                                                               data: st.DataObject) -> None:
+    numbers = data.draw(st.sets(st.sampled_from(range(len(found))))) if found else set()
+    near = looked_at(numbers, len(found), size)
+    all_batches = list(batches({number: found[number] for number in near}, size))
+    assert numbers <= {*near}
+    assert all_batches == [batch for batch in batches(dict(enumerate(found)), size) if {*batch} & {*near}]
+
+
 def test_samples_of_similar_length_go_together() -> None:
-    assert list(batches([9, 1, 8, 2, 7, 3], 2)) == [[1, 3], [5, 4], [2, 0]]
+    assert list(batches(dict(enumerate([9, 1, 8, 2, 7, 3])), 2)) == [[1, 3], [5, 4], [2, 0]]
+
+
+def test_batches_of_one_are_in_the_order_of_the_dataset() -> None:
+    assert list(batches(dict(enumerate([9, 1, 8])), 1)) == [[0], [1], [2]]
 
 
 def test_without_lengths_the_order_is_that_of_the_dataset() -> None:
-    assert list(batches([None] * 5, 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batches(dict.fromkeys(range(5)), 2)) == [[0, 1], [2, 3], [4]]
+
+
+def test_samples_that_are_left_out_leave_the_others_where_they_are() -> None:
+    assert list(batches(dict.fromkeys([0, 2, 8, 9, 11]), 2)) == [[0, 2], [8, 9], [11]]
 
 
 @pytest.fixture
@@ -49,7 +67,7 @@ def config(model_dir: str, checkpoints: Dict[str, str], tmp_path: Path) -> Infer
             'content': f'{contents[i % 4]} {i}'
         }]
     } for i in range(20)]
-    Path(config.val_dataset).write_text('\n'.join(map(json.dumps, samples)))
+    Path(config.val_dataset[0]).write_text('\n'.join(map(json.dumps, samples)))
     return config
 
 

@@ -40,7 +40,7 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
     from tqdm import tqdm
 
     from swift_patch import FusionComposer, cli, ms_swift
-    from swift_patch.inference import results, run
+    from swift_patch.inference import results
 
     def tell(owner: Any, name: str, phase: str) -> None:
         function = getattr(owner, name)
@@ -56,7 +56,7 @@ def infer(told: Any, argv: List[str], num_bytes: int, settings: bool) -> None:
     tell(FusionComposer, 'reserve', 'reserving')
     tell(FusionComposer, 'fused_batch', 'composing')
     tell(ms_swift.TransformersEngine, 'infer', 'generating')
-    tell(run, 'write_line', 'writing')
+    tell(results, 'write_line', 'writing')
     tell(os, 'replace', 'writing the settings')
     # By default a semaphore, which nobody removes when the process is killed.
     tqdm.set_lock(threading.RLock())
@@ -157,7 +157,7 @@ def test_a_run_that_is_killed_25_times_and_resumed_ends_as_an_undisturbed_one(mo
                                                                               progress: int) -> None:
     config = make_config(model_dir, checkpoints, tmp_path)
     samples = [{**SAMPLES[i % len(SAMPLES)], 'id': f'{i} {"é" * (i % 7)}'} for i in range(NUM_SAMPLES)]
-    Path(config.val_dataset).write_text('\n'.join(map(json.dumps, samples)))
+    Path(config.val_dataset[0]).write_text('\n'.join(map(json.dumps, samples)))
     path, log = Path(config.result_path), tmp_path / 'log.txt'
     # Both the compositions and the answers are drawn at random.
     argv = [
@@ -198,7 +198,7 @@ def test_a_run_that_is_killed_25_times_and_resumed_ends_as_an_undisturbed_one(mo
                              capture_output=True,
                              text=True)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert f'({left.count(10)} finished before)' in process.stdout
+    assert f'│ finished before    │ {left.count(10)}' in process.stdout
     for file in undisturbed.iterdir():
         assert (path.parent / file.name).read_bytes() == file.read_bytes(), history
     assert sorted(os.listdir(path.parent)) == sorted(os.listdir(undisturbed))

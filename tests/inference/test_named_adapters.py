@@ -39,7 +39,7 @@ def settings_of(config: InferConfig) -> Dict[str, Any]:
 
 
 def write_samples(config: InferConfig, samples: List[Dict[str, Any]]) -> None:
-    Path(config.val_dataset).write_text('\n'.join(map(json.dumps, samples)))
+    Path(config.val_dataset[0]).write_text('\n'.join(map(json.dumps, samples)))
 
 
 def test_adapters_that_no_sample_names_may_be_broken_or_missing(config: InferConfig, undisturbed: Path,
@@ -97,8 +97,8 @@ def test_a_value_that_is_not_finite_ends_the_run_at_its_sample(config: InferConf
     config.adapters, config.overwrite = {**config.adapters, 'A': str(tmp_path / 'copy')}, True
     with pytest.raises(ValueError) as e:
         run_infer(config)
-    assert str(
-        e.value).startswith(f"{config.val_dataset}, line 3: adapter 'A' ({tmp_path / 'copy'}): tensor {key!r} is ")
+    told = f"{config.val_dataset[0]}, line 3: adapter 'A' ({tmp_path / 'copy'}): tensor {key!r} of {file} is "
+    assert str(e.value).startswith(told)
     assert '1 of ' in str(e.value)
     # The sample before it is answered, those after it are not.
     assert path.read_bytes() == expected.splitlines(keepends=True)[0]
@@ -114,8 +114,8 @@ def test_samples_that_are_added_may_name_other_adapters(config: InferConfig, und
     shutil.copytree(undisturbed, Path(config.result_path).parent)
     config.resume = True
     config.adapters = {**config.adapters, 'new': checkpoints['peft2']}
-    samples = Path(config.val_dataset).read_text()
-    Path(config.val_dataset).write_text(f'{samples}\n{json.dumps({**SAMPLES[0], "adapters": ["new"]})}')
+    samples = Path(config.val_dataset[0]).read_text()
+    Path(config.val_dataset[0]).write_text(f'{samples}\n{json.dumps({**SAMPLES[0], "adapters": ["new"]})}')
     assert 'adapter new' not in settings_of(config)
     summary = run_infer(config)
     assert (summary.resumed, summary.samples) == (len(SAMPLES), 1)
@@ -147,7 +147,7 @@ def test_a_run_answers_as_with_the_adapters_in_the_model(config: InferConfig, ch
     compositions = [([aliases[name] for name in sample['adapters']], sample.get('weights')) for sample in SAMPLES]
     lengths = [len(template.encode(request)['input_ids']) for request in requests]
     found: Dict[int, Any] = {}
-    for batch in batches(lengths, 2):
+    for batch in batches(dict(enumerate(lengths)), 2):
         found.update(
             zip(
                 batch,

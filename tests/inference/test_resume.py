@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from swift_patch.inference import results
-from swift_patch.inference.config import InferConfig
+from swift_patch.inference.config import Answer, InferConfig
 from swift_patch.inference.dataset import read_dataset
 from swift_patch.inference.results import ResultFile
 
@@ -22,14 +22,14 @@ def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Resu
     dataset, path = tmp_path / 'data.jsonl', tmp_path / 'out.jsonl'
     sample = {'messages': [{'role': 'user', 'content': 'hello'}], 'adapters': ['A']}
     dataset.write_text('\n'.join(json.dumps({**sample, 'id': i}) for i in range(3)))
-    config = InferConfig(adapters={'A': 'a'}, val_dataset=str(dataset), result_path=str(path), resume=True)
+    config = InferConfig(adapters={'A': 'a'}, val_dataset=[str(dataset)], result_path=str(path), resume=True)
     samples = read_dataset(dataset, config.adapters)
     with open(path, 'wb') as file:
         for finished in samples:
-            results.write_line(file, results.result_line(config, finished, 'answer', None))
+            results.write_line(file, results.result_line(config, finished, Answer('answer')))
     Path(f'{path}.args.json').write_text(json.dumps(SETTINGS))
     monkeypatch.setattr(results, '_settings', lambda *args: SETTINGS)
-    return lambda: ResultFile(config, None, samples, [])
+    return lambda: ResultFile(path, config, None, samples, [])
 
 
 def assert_resumed_or_told(resume: Callable[[], ResultFile], *files: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 import shutil
 import subprocess
 import sys
+import threading
 import torch
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -41,7 +43,7 @@ def make_config(model_dir: str, checkpoints: Dict[str, str], folder: Path) -> In
             'A': checkpoints['peft'],
             'default': checkpoints['swift2']
         },
-        val_dataset=str(dataset),
+        val_dataset=[str(dataset)],
         result_path=str(folder / 'results' / 'out.jsonl'),
         swift_args={
             'model': model_dir,
@@ -82,7 +84,7 @@ def loads_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError('a model is loaded')
 
-    monkeypatch.setattr(run_module, '_Generator', fail)
+    monkeypatch.setattr(run_module, 'Generator', fail)
 
 
 def read(config: InferConfig) -> List[Dict[str, Any]]:
@@ -111,7 +113,7 @@ def test_one_adapter_answers_as_in_swift_infer(config: InferConfig, checkpoints:
     config.swift_args['temperature'] = 0.
     config.adapters = {f'name.{kind}': checkpoints[kind] for kind in kinds}
     samples = [{'messages': [USER], 'adapters': [name]} for name in config.adapters]
-    Path(config.val_dataset).write_text('\n'.join(map(json.dumps, samples)))
+    Path(config.val_dataset[0]).write_text('\n'.join(map(json.dumps, samples)))
     expected = []
     for path in config.adapters.values():
         args = BaseArguments(adapters=[path], **config.swift_args)
@@ -153,10 +155,10 @@ def test_the_summary_tells_samples_and_seconds(config: InferConfig) -> None:
 KILLED_RUN = """
 import json, os, signal, sys
 import swift_patch
-from swift_patch.inference import run
+from swift_patch.inference import results, run
 
 num_lines, num_bytes = map(int, sys.argv[2:])
-write_line, written = run.write_line, []
+write_line, written = results.write_line, []
 
 def write_line_or_die(file, line):
     if len(written) == num_lines:
@@ -166,7 +168,7 @@ def write_line_or_die(file, line):
     write_line(file, line)
     written.append(line)
 
-run.write_line = write_line_or_die
+results.write_line = write_line_or_die
 run.run_infer(run.InferConfig(**json.loads(sys.argv[1])))
 """
 
@@ -233,11 +235,11 @@ def change_combination_type(config: InferConfig, checkpoints: Dict[str, str]) ->
 def change_sample(config: InferConfig, checkpoints: Dict[str, str]) -> None:
     samples = [dict(sample) for sample in SAMPLES]
     samples[1]['weights'] = [0.3, 0.7]
-    Path(config.val_dataset).write_text('\n\n'.join(map(json.dumps, samples)))
+    Path(config.val_dataset[0]).write_text('\n\n'.join(map(json.dumps, samples)))
 
 
 def drop_samples(config: InferConfig, checkpoints: Dict[str, str]) -> None:
-    Path(config.val_dataset).write_text(json.dumps(SAMPLES[0]))
+    Path(config.val_dataset[0]).write_text(json.dumps(SAMPLES[0]))
 
 
 def spoil_line(config: InferConfig, checkpoints: Dict[str, str]) -> None:
@@ -286,7 +288,7 @@ def test_overwrite_starts_again(config: InferConfig, finished: bytes) -> None:
 
 
 def test_the_result_cannot_be_the_dataset(config: InferConfig, loads_no_model: None) -> None:
-    config.result_path, config.overwrite = config.val_dataset, True
+    config.result_path, config.overwrite = config.val_dataset[0], True
     with pytest.raises(ValueError, match='is the dataset itself'):
         run_infer(config)
 
@@ -295,7 +297,7 @@ def test_what_the_template_refuses_is_told_with_its_line_before_a_model_is_loade
                                                                                   loads_no_model: None) -> None:
     too_long = {'role': 'user', 'content': 'x' * 600}
     samples = [*SAMPLES, {**SAMPLES[0], 'messages': [too_long]}, {**SAMPLES[0], 'tools': 3}]
-    Path(config.val_dataset).write_text('\n'.join(map(json.dumps, samples)))
+    Path(config.val_dataset[0]).write_text('\n'.join(map(json.dumps, samples)))
     with pytest.raises(DatasetError) as e:
         run_infer(config)
     (long_line, long_text), (tools_line, tools_text) = e.value.problems
@@ -305,7 +307,8 @@ def test_what_the_template_refuses_is_told_with_its_line_before_a_model_is_loade
 
 def test_a_result_file_that_cannot_be_made_is_told_before_a_model_is_loaded(config: InferConfig, tmp_path: Path,
                                                                             loads_no_model: None) -> None:
-    for path in (f'{config.val_dataset}/r.jsonl', f'{config.val_dataset}/deeper/r.jsonl', str(tmp_path / ('x' * 300))):
+    for path in (f'{config.val_dataset[0]}/r.jsonl', f'{config.val_dataset[0]}/deeper/r.jsonl',
+                 str(tmp_path / ('x' * 300))):
         config.result_path = path
         with pytest.raises(ValueError, match='Cannot write .*xxx: |Cannot write .*data.jsonl is not a folder'):
             run_infer(config)
@@ -324,21 +327,20 @@ def test_a_folder_without_permission_is_told_before_a_model_is_loaded(config: In
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux only')
 def test_a_full_disk_is_told(config: InferConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(config.result_path).parent.mkdir()
-    monkeypatch.setattr(results, 'open', lambda *args: FullDisk('/dev/full', 'wb'), raising=False)
+    monkeypatch.setattr(results, 'open', FullDisk, raising=False)
     with pytest.raises(ValueError, match='Cannot write .*out.jsonl: No space left on device'):
         run_infer(config)
 
 
 class FullDisk:
-    """A file to which nothing can be written."""
+    """A file that can be made, but not written to."""
 
-    def __init__(self, *args: str) -> None:
-        self.file = open(*args)
-        self.write, self.flush, self.seek, self.close = (self.file.write, self.file.flush, self.file.seek,
-                                                         self.file.close)
+    def __init__(self, *args: Any) -> None:
+        self.file, full = open(*args), open('/dev/full', 'wb')
+        self.write, self.flush, self.close = full.write, full.flush, full.close
 
-    def truncate(self, size: int) -> None:
-        """Do nothing: a device has no size."""
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 @pytest.mark.parametrize(('swift_args', 'reason'), [
@@ -372,7 +374,7 @@ def test_options_of_the_composition_are_checked_before_a_model_is_loaded(config:
 
 
 @pytest.mark.parametrize('wrong', [{
-    'val_dataset': 'none.jsonl'
+    'val_dataset': ['none.jsonl']
 }, {
     'adapters': {
         'lora': 'none'
@@ -419,7 +421,7 @@ def command_line(config: InferConfig) -> List[str]:
     args = ['--adapters', *(f'{name}={path}' for name, path in config.adapters.items())]
     for key, value in config.swift_args.items():
         args += [f'--{key}', str(value)]
-    return [*args, '--val_dataset', config.val_dataset, '--result_path', config.result_path]
+    return [*args, '--val_dataset', *config.val_dataset, '--result_path', config.result_path]
 
 
 def test_the_command_does_what_the_function_does(config: InferConfig, finished: bytes,
@@ -427,11 +429,17 @@ def test_the_command_does_what_the_function_does(config: InferConfig, finished: 
     args = parse(*command_line(config), '--overwrite')
     assert args.run(args) == 0
     assert Path(config.result_path).read_bytes() == finished
-    assert '5 samples, ' in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert '│ samples            │ 5 ' in told.out and f'Wrote {config.result_path}' in told.out
+    assert '[INFO' not in told.err
+    assert [line.split(':')[0] for line in told.err.splitlines() if 'WARNING' not in line] == [
+        'Reading the samples', 'Looking at the adapters', 'Importing ms-swift', "Reading the model's configuration",
+        'Checking the samples', 'Loading the model', 'Answering'
+    ]
 
 
 def test_the_command_tells_a_mistake_without_a_traceback(config: InferConfig, capsys: pytest.CaptureFixture) -> None:
-    config.val_dataset = 'none.jsonl'
+    config.val_dataset = ['none.jsonl']
     args = parse(*command_line(config))
     assert args.run(args) == 2
     assert capsys.readouterr().err.startswith('swift-patch infer: error: Cannot read the dataset none.jsonl')
@@ -440,16 +448,10 @@ def test_the_command_tells_a_mistake_without_a_traceback(config: InferConfig, ca
 def test_a_finished_run_has_nothing_left_to_do(config: InferConfig, finished: bytes,
                                                capsys: pytest.CaptureFixture) -> None:
     assert cli.main(['infer', *command_line(config), '--resume']) == 0
-    assert 'nothing left to do: all 5 samples are finished' in capsys.readouterr().out
+    assert 'Nothing left to do: all samples are finished.' in capsys.readouterr().out
 
 
-def test_one_sample_is_no_samples(config: InferConfig, capsys: pytest.CaptureFixture) -> None:
-    Path(config.val_dataset).write_text(json.dumps(SAMPLES[0]))
-    assert cli.main(['infer', *command_line(config)]) == 0
-    assert '1 sample, ' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(('name', 'can_resume'), [('_Generator', False), ('result_line', True)])
+@pytest.mark.parametrize(('name', 'can_resume'), [('Generator', False), ('result_line', True)])
 def test_an_interrupted_run_tells_how_to_go_on_where_it_can(config: InferConfig, monkeypatch: pytest.MonkeyPatch,
                                                             capsys: pytest.CaptureFixture, name: str,
                                                             can_resume: bool) -> None:
@@ -476,6 +478,73 @@ def test_the_command_tells_that_the_patch_is_switched_off(config: InferConfig) -
     assert len(process.stderr.splitlines()) == 1
 
 
+def test_a_key_that_lines_of_several_datasets_add_is_told_and_of_one_it_is_kept(config: InferConfig,
+                                                                                tmp_path: Path) -> None:
+    [first] = config.val_dataset
+    Path(first).write_text('\n'.join(json.dumps({**sample, 'dataset': 'mine'}) for sample in SAMPLES[:2]))
+    run_infer(config)
+    assert [line['dataset'] for line in read(config)] == ['mine'] * 2
+    config.val_dataset, config.overwrite = [first, first], True
+    with pytest.raises(DatasetError, match="line 2: the key 'dataset' is one that result lines"):
+        run_infer(config)
+    assert len(read(config)) == 2
+
+
+def test_threads_wait_for_each_other(config: InferConfig, finished: bytes, tmp_path: Path) -> None:
+    paths = [tmp_path / 'one.jsonl', tmp_path / 'two.jsonl']
+    threads = [threading.Thread(target=run_infer, args=(replace(config, result_path=str(path)), )) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.read_bytes() for path in paths] == [finished] * 2
+
+
+def test_what_a_run_registers_is_no_obstacle_to_the_next_one(config: InferConfig, tmp_path: Path) -> None:
+    info = tmp_path / 'info.json'
+    info.write_text(json.dumps([{'dataset_name': 'mine', 'dataset_path': config.val_dataset[0]}]))
+    config.swift_args['custom_dataset_info'] = str(info)
+    config.val_dataset, config.overwrite = ['mine'], True
+    assert run_infer(config).samples == run_infer(config).samples == len(SAMPLES)
+
+
+def test_datasets_may_be_paths(config: InferConfig, finished: bytes) -> None:
+    config.val_dataset, config.resume = [Path(config.val_dataset[0])], True
+    assert run_infer(config).resumed == len(SAMPLES)
+
+
+def test_a_batch_has_a_sample(config: InferConfig) -> None:
+    config.max_batch_size = 0
+    with pytest.raises(ValueError, match='--max_batch_size is expected to be 1 or more, found 0'):
+        run_infer(config)
+
+
+@pytest.mark.parametrize('option', ['resume', 'overwrite', 'retry_errors', 'verbose', 'compile_merging'])
+def test_switches_may_be_values_as_a_file_has_them(option: str) -> None:
+    assert not getattr(parse(*REQUIRED), option)
+    for given, expected in (([], True), (['True'], True), (['False'], False)):
+        assert getattr(parse(*REQUIRED, f'--{option}', *given), option) is expected
+
+
+def test_options_may_come_from_a_file_as_in_swift_infer(config: InferConfig, finished: bytes, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / 'options.yaml'
+    adapters = ''.join(f'\n- {name}={path}' for name, path in config.adapters.items())
+    options = ''.join(f'{key}: {value}\n' for key, value in config.swift_args.items())
+    file.write_text(f'adapters:{adapters}\nval_dataset: {config.val_dataset[0]}\n{options}')
+    code = cli.main(['infer', str(file), '--result_path', config.result_path, '--overwrite'])
+    told = capsys.readouterr().err
+    if 'the installed ms-swift reads no options from files' in told:
+        assert code == 2
+        return
+    assert Path(config.result_path).read_bytes() == finished
+    for name, content in (('none.yaml', None), ('list.yaml', '- 3'), ('wrong.json', '{')):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert cli.main(['infer', str(tmp_path / name)]) == 2
+        assert f'swift-patch infer: error: Cannot read the options in {tmp_path / name}: ' in capsys.readouterr().err
+
+
 REQUIRED = ['--adapters', 'a=b', '--val_dataset', 'c', '--result_path', 'd']
 
 
@@ -499,13 +568,9 @@ def test_values_within_the_range_are_taken() -> None:
 
 
 @pytest.mark.parametrize('unknown', [['--max_new', '3'], ['--unknown', 'x']])
-def test_an_unknown_or_shortened_option_shows_the_usage_of_infer(unknown: List[str],
-                                                                 capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as e:
-        cli.main(['infer', *REQUIRED, *unknown])
-    assert e.value.code == 2
-    told = capsys.readouterr().err
-    assert 'swift-patch infer' in told.splitlines()[0] and 'unrecognized arguments: ' + ' '.join(unknown) in told
+def test_an_unknown_or_shortened_option_is_told(unknown: List[str], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(['infer', *REQUIRED, *unknown]) == 2
+    assert f'swift-patch infer: error: unrecognized arguments: {" ".join(unknown)}' in capsys.readouterr().err
 
 
 def test_booleans_are_given_as_in_ms_swift() -> None:
