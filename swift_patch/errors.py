@@ -37,6 +37,11 @@ def printable(value: Any) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(value))
 
 
+def reason_of(error: BaseException, length: int = 1000) -> str:
+    """Returns the kind and the text of a library's error on one line, the text no longer than `length`."""
+    return f'{type(error).__name__}: {" ".join(str(error).split()):.{length}}'
+
+
 @contextmanager
 def errors_of_sample(number: int, count: int) -> Iterator[None]:
     """Within it, a ValueError or TypeError says which of `count` samples it is about, where there are several."""

@@ -5,13 +5,14 @@ ms-swift itself is asked, not its version. Importing this module imports ms-swif
 import dataclasses
 import functools
 import json
-import logging
 import os
 import sys
 import tempfile
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Dict, FrozenSet, Iterator, Optional
+
+from .quiet import keeping
 
 if TYPE_CHECKING or find_spec('swift.infer_engine') is not None:
     from swift.arguments import BaseArguments, DataArguments, InferArguments, SftArguments
@@ -61,23 +62,15 @@ def keys_of_args_file(swift_version: Optional[str]) -> FrozenSet[str]:
     # Which keys these are is known to this method alone, so it is shown a file that has all of them.
     probe = InferArguments.__new__(InferArguments)
     probe.load_data_args = False
-    logger = logging.getLogger('swift')
     with tempfile.TemporaryDirectory() as folder:
         probe.ckpt_dir = folder
         with open(os.path.join(folder, 'args.json'), 'w', encoding='utf-8') as f:
             names = [field.name for field in dataclasses.fields(InferArguments)]
             json.dump({**dict.fromkeys(names, ''), 'swift_version': swift_version}, f)
         before = set(vars(probe))
-        logger.addFilter(_nothing)
-        try:
+        with keeping(lambda record: False):
             probe.load_args_from_ckpt()
-        finally:
-            logger.removeFilter(_nothing)
     return frozenset(vars(probe)) - before
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
 
 
 def load_base(args: BaseArguments) -> Any:

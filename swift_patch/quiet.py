@@ -2,7 +2,19 @@
 import contextlib
 import io
 import logging
-from typing import Iterator
+from typing import Callable, Iterator
+
+
+@contextlib.contextmanager
+def keeping(is_kept: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Within it, ms-swift logs nothing but what `is_kept`. It need not be imported yet."""
+    # A filter and not a level: `logger.info_if` of ms-swift sets the level to INFO for itself.
+    logger = logging.getLogger('swift')
+    logger.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_kept)
 
 
 @contextlib.contextmanager
@@ -17,19 +29,16 @@ def silenced() -> Iterator[None]:
     def keep_errors(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    # A filter and not a level: `logger.info_if` of ms-swift sets the level to INFO for itself. Warnings go too:
-    # ms-swift warns of the code in a model directory at every load, and the directory here is our own.
-    logger = logging.getLogger('swift')
-    logger.addFilter(keep_errors)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        # The progress bars and the trainer's summary are printed, not logged.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        # Warnings go too: ms-swift warns of the code in a model directory at every load, and the directory here is our
+        # own. The progress bars and the trainer's summary are printed, not logged.
+        with keeping(keep_errors), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        logger.removeFilter(keep_errors)
 
 
 @contextlib.contextmanager
@@ -43,13 +52,8 @@ def without_info() -> Iterator[None]:
         warned.add(message)
         return is_kept
 
-    # A filter, for the same reason as above. ms-swift need not be imported yet.
-    logger = logging.getLogger('swift')
-    logger.addFilter(keep_new_warnings)
-    try:
+    with keeping(keep_new_warnings):
         yield
-    finally:
-        logger.removeFilter(keep_new_warnings)
 
 
 @contextlib.contextmanager

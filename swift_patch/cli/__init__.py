@@ -23,6 +23,11 @@ def command() -> None:
     sys.exit(code)
 
 
+def is_main() -> bool:
+    """Tells whether this is the process of a run that talks: the others do the same and would say the same."""
+    return os.environ.get('RANK', '0') == '0'
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs `swift-patch`.
 
@@ -54,8 +59,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise
         # With a text on how to go on, where there is something to go on with.
         how = f'; {e}' if isinstance(e, KeyboardInterrupt) and e.args else ''
-        # The other processes of a run would say the same.
-        if os.environ.get('RANK', '0') == '0':
+        if is_main():
             print(f'swift-patch {" ".join(arguments[:1])}: interrupted{how}', file=sys.stderr)
         return _INTERRUPTED
     finally:

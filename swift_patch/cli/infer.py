@@ -13,6 +13,7 @@ from typing import Dict, List, Optional, Sequence
 from ..inference.config import ANSWER_OPTIONS, InferConfig, InferSummary, Stage, no_stage
 from ..lora.paths import expanded
 from ..quiet import without_info
+from . import is_main
 from .arguments import (COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_bool, add_combination, add_model_group,
                         given, number)
 from .progress import stage
@@ -143,7 +144,7 @@ def _run(args: argparse.Namespace, show: Stage) -> int:
     try:
         config = _config(args, show)
     except ValueError as e:
-        if _is_main():
+        if is_main():
             print(f'swift-patch infer: error: {e}', file=sys.stderr)
         return 2
     try:
@@ -152,26 +153,21 @@ def _run(args: argparse.Namespace, show: Stage) -> int:
         return 2
     except ValueError as e:
         # Of another process only where the first one cannot tell it.
-        rank = '' if _is_main() else f'rank {os.environ["RANK"]}: '
+        rank = '' if is_main() else f'rank {os.environ["RANK"]}: '
         print(f'swift-patch infer: error: {rank}{e}', file=sys.stderr)
         return 2
     except (RankDied, Terminated) as e:
         # The others would say the same.
-        if _is_main():
+        if is_main():
             print(f'swift-patch infer: error: {e}', file=sys.stderr)
         return 128 + signal.SIGTERM if isinstance(e, Terminated) else 1
-    if _is_main():
+    if is_main():
         _print_summary(summary)
     return 1 if summary.errors else 0
 
 
-def _is_main() -> bool:
-    """Tells whether this is the process of a run that talks: the others do the same and would say the same."""
-    return os.environ.get('RANK', '0') == '0'
-
-
 def _shown() -> Stage:
-    return partial(stage, Console(stderr=True), redirects=True) if _is_main() else no_stage
+    return partial(stage, Console(stderr=True), redirects=True) if is_main() else no_stage
 
 
 def _config(args: argparse.Namespace, show: Stage) -> InferConfig:

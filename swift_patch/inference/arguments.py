@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from ..errors import short_repr
+from ..errors import reason_of, short_repr
 from ..lora.checkpoint import ARGS_NAME, AdapterCheckpoint, read_object
 from ..lora.paths import expanded
 
@@ -83,8 +83,7 @@ def swift_arguments(swift_args: Mapping[str, Any],
                     'max_batch_size': max_batch_size
                 })
     except Exception as e:  # for users' mistakes: assertions, errors of hubs and networks, OSError, ValueError
-        reason = ' '.join(str(e).split())
-        raise ValueError(f'ms-swift cannot use these arguments: {type(e).__name__}: {reason:.1000}.{source}') from e
+        raise ValueError(f'ms-swift cannot use these arguments: {reason_of(e)}.{source}') from e
 
 
 def _expanded(key: str, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """What an engine needs: one base model, and all adapters loaded onto it."""
 from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple, Union
 
+from ..errors import reason_of
 from ..lora.checkpoint import AdapterCheckpoint
 from .loading import load_adapters
 
@@ -27,8 +28,7 @@ def load_base_model(args: 'BaseArguments') -> 'Tuple[nn.Module, Any]':
     try:
         model, template = load_base(args)
     except Exception as e:  # no such device, no such attention implementation, out of memory, a damaged file, ...
-        reason = ' '.join(str(e).split())
-        raise ValueError(f'Cannot load the base model {args.model_dir}: {type(e).__name__}: {reason:.1000}') from e
+        raise ValueError(f'Cannot load the base model {args.model_dir}: {reason_of(e)}') from e
     return model.eval(), template
 
 

@@ -5,6 +5,8 @@ import re
 import time
 from typing import Any, Mapping
 
+from ..errors import reason_of
+
 logger = logging.getLogger(__name__)
 
 # `owner/name`, or a folder in that as ms-swift has it: `owner/name:folder`.
@@ -76,7 +78,6 @@ class Hub:
             return found
         except Exception as e:  # hubs and networks have errors of their own
             self._is_out_of_reach = self._is_out_of_reach or time.monotonic() - start > _PATIENCE
-            reason = ' '.join(str(e).split())
             raise ValueError(
                 f'adapter {name!r} ({path}): the path does not exist, and nothing can be fetched from a hub '
-                f'by it: {type(e).__name__}: {reason:.300}') from e
+                f'by it: {reason_of(e, 300)}') from e

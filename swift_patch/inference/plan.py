@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from ..errors import reason_of
 from ..patching import why_not_applied
 from .arguments import swift_arguments
 from .batches import batches, looked_at
@@ -127,8 +128,7 @@ def _template(args: 'InferArguments') -> Any:
     try:
         template = get_template(args)
     except Exception as e:  # a tokenizer that is damaged, or needs a package
-        reason = ' '.join(str(e).split())
-        raise ValueError(f'Cannot load the tokenizer of {args.model_dir}: {type(e).__name__}: {reason:.1000}') from e
+        raise ValueError(f'Cannot load the tokenizer of {args.model_dir}: {reason_of(e)}') from e
     template.set_mode(TEMPLATE_MODE)
     return template
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import (TYPE_CHECKING, Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Set,
                     Tuple, Union)
 
+from ..errors import reason_of
 from .dataset import (DatasetError, Line, Problem, Sample, check_default_adapters, check_lines, is_plain, parse,
                       read_dataset)
 
@@ -450,7 +451,7 @@ def _reason(error: BaseException) -> str:
     # `datasets` works in another process, whose whole traceback is a cause, too.
     while error.__cause__ is not None and type(error.__cause__).__name__ != 'RemoteTraceback':
         error = error.__cause__
-    return f'{type(error).__name__}: {" ".join(str(error).split()):.300}'
+    return reason_of(error, 300)
 
 
 @contextmanager
