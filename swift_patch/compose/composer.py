@@ -1,16 +1,19 @@
 """Selection, fusion and mixture of LoRAs, one sample after another (LoraRetriever, arXiv:2402.09997, §4.2)."""
+import threading
 import torch
 from contextlib import contextmanager
+from functools import partial
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from typing import Any, Iterable, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple, Union
 
-from ..errors import short_repr
+from ..errors import RowsError, short_repr
 from ..lora.combination import COMBINATION_TYPES, options_of_method
 from ..lora.composition import Composition, check_names
 from ..lora.library import AdapterLibrary
 from ..lora.numbers import check_positive, checked_seeds
+from ..lora.paths import PathLike
 from ..model.adapters import Adapters
 from ..model.checks import check_new_name
 from ..model.layers import is_active_alone, parameters_of
@@ -21,8 +24,9 @@ from ..model.undo import Undo
 from .locks import lock_of
 from .policy import every_source, exact, some_source, told
 
-# What a sample of a batch names: adapters, adapters with weights, or a pair of adapters and weights.
-Sample = Union[Sequence[str], Mapping[str, float], Tuple[Sequence[str], Optional[Sequence[float]]]]
+# What a sample of a batch names: adapters, adapters with weights, a pair of adapters and weights, or a composition that
+# `FusionComposer.composition` returned.
+Sample = Union[Sequence[str], Mapping[str, float], Tuple[Sequence[str], Optional[Sequence[float]]], Composition]
 
 
 class FusionComposer:
@@ -38,6 +42,10 @@ class FusionComposer:
         combination_type: Any type of `add_weighted_adapter`, instead of `merge_method`.
         adapter_name: The name of the fused adapter.
         library: Adapters on disk, which are merged from there. A source is looked for in it, then in the model.
+        rank_by_batch: Whether the rows of `compose_batch` have the rank that their batch needs, not that of the fused
+            adapter. The fused adapter does not grow in rank for a batch then: one `mixture` of many adapters makes no
+            later batch slower. Leave it off where graphs are compiled or captured, for what the layers read has
+            another shape from batch to batch.
         svd_rank: See `update_weighted_adapter`, like all that follow.
         svd_clamp: See `update_weighted_adapter`.
         svd_driver: See `update_weighted_adapter`.
@@ -63,6 +71,7 @@ class FusionComposer:
                  combination_type: Optional[str] = None,
                  adapter_name: str = 'fused',
                  library: Optional[AdapterLibrary] = None,
+                 rank_by_batch: bool = False,
                  svd_rank: Optional[int] = None,
                  svd_clamp: Optional[float] = None,
                  svd_driver: Optional[str] = None,
@@ -80,15 +89,16 @@ class FusionComposer:
                                 f'library, found {type(model).__name__}{"" if library is None else " and a library"}.')
             self._model = self._tuner = tuner_around(self._tuner)
         self._library = library
-        self._options = options_of_method(
-            merge_method,
-            combination_type,
+        self._options_of = partial(
+            options_of_method,
             svd_rank=svd_rank,
             svd_clamp=svd_clamp,
             svd_driver=svd_driver,
             density=density,
             majority_sign_method=majority_sign_method)
+        self._options = self._options_of(merge_method, combination_type)
         self.merge_method = merge_method
+        self.rank_by_batch = rank_by_batch
         self.adapter_name = adapter_name
         found = self._look()
         if isinstance(adapter_name, str) and adapter_name in found.configs:
@@ -96,8 +106,30 @@ class FusionComposer:
         else:
             check_new_name(adapter_name)
         self._model_lock = lock_of(found.model)
-        # Mixture and selection are defined by the delta.
-        self._is_exact = combination_type is None and merge_method != 'fusion'
+
+    def composition(self,
+                    adapters: Union[Sequence[str], Mapping[str, float]],
+                    weights: Optional[Sequence[float]] = None,
+                    merge_method: Optional[str] = None) -> Composition:
+        """Returns what a batch takes as a sample, checked, and with a merge method of its own.
+
+        Args:
+            adapters: See `compose`.
+            weights: See `compose`.
+            merge_method: `fusion`, `mixture` or `selection`; by default as this composer merges.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: A weight is not finite, there are not as many as sources, there are no sources, or the
+                merge method is none. Whether there are such adapters is not looked at.
+        """
+        options = self._options if merge_method is None else self._options_of(merge_method)
+        return Composition.of_sample(adapters, weights, options)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """What all composers of the model hold while they compose, and in a `fused` block."""
+        return self._model_lock.lock
 
     def compose(self,
                 adapters: Union[Sequence[str], Mapping[str, float]],
@@ -132,7 +164,7 @@ class FusionComposer:
 
         Args:
             samples: For each row what `compose` takes: names, a mapping from names to weights, or a pair of names and
-                weights. None for the base model alone.
+                weights; or what `composition` returned. None for the base model alone.
             seeds: For each row an integer from 0 to 2**63 - 1, with which torch's random numbers begin, for types that
                 draw some. By default they go on from row to row.
 
@@ -148,7 +180,7 @@ class FusionComposer:
         compositions = Composition.of_batch(samples, self._options)
         seeds = checked_seeds(seeds, len(compositions))
         with self._model_lock.lock:
-            self._compose(compositions, seeds)
+            self._compose(compositions, seeds, self.rank_by_batch)
         return self.adapter_name
 
     @contextmanager
@@ -185,7 +217,7 @@ class FusionComposer:
             RuntimeError: See `fused`. For the rest see `compose_batch`.
         """
         compositions = Composition.of_batch(samples, self._options)
-        with self._held(compositions, checked_seeds(seeds, len(compositions))):
+        with self._held(compositions, checked_seeds(seeds, len(compositions)), self.rank_by_batch):
             yield self.adapter_name
 
     def activate(self) -> None:
@@ -212,7 +244,9 @@ class FusionComposer:
                 Those of the library are asked for their configs alone.
             max_sources: How many of them at most at a time; by default all. Only `cat` needs more rank for more.
             max_rows: How many rows a batch of `compose_batch` has at most: memory for them is made, too. A batch with
-                fewer rows costs what these need. By default none is made now, and as much as a batch needs later.
+                fewer rows costs what these need. By default none is made now, and as much as a batch needs later. With
+                `rank_by_batch`, fewer rows of a larger rank fit there, too: a `composition` may have another merge
+                method, of which nothing is known here.
 
         Raises:
             TypeError: `adapters` is not a list of names.
@@ -235,7 +269,7 @@ class FusionComposer:
             if self.adapter_name not in found.configs:
                 found = self._added(found, names[0], undo)
             found.record(self.adapter_name)
-            make_room(found, self.adapter_name, rank, sources, names, max_rows or 1)
+            make_room(found, self.adapter_name, rank, sources, names, max_rows or 0)
             undo.commit()
 
     def check(self, adapters: Optional[Sequence[str]] = None) -> None:
@@ -260,6 +294,20 @@ class FusionComposer:
         if problems:
             raise ValueError('\n'.join(problems))
 
+    def check_checkpoint(self, name: str, path: PathLike) -> None:
+        """Checks that an adapter could be composed if the library had it, see `check`.
+
+        Args:
+            name: What it would be called.
+            path: Its checkpoint.
+
+        Raises:
+            TypeError: See `AdapterLibrary`.
+            ValueError: See `AdapterLibrary`, or it cannot be composed.
+        """
+        with self._model_lock.lock:
+            Sources(Adapters.of(self._tuner, AdapterLibrary({name: path}))).check(name)
+
     def _look(self) -> Adapters:
         """Returns the adapters as they are now."""
         if self._library is not None and self.adapter_name in self._library:
@@ -268,10 +316,13 @@ class FusionComposer:
         return Adapters.of(self._tuner, self._library)
 
     @contextmanager
-    def _held(self, compositions: List[Composition], seeds: Optional[List[int]] = None) -> Iterator[None]:
+    def _held(self,
+              compositions: List[Composition],
+              seeds: Optional[List[int]] = None,
+              rank_by_batch: bool = False) -> Iterator[None]:
         """Composes, and holds the lock and what was composed for the time of the `with` block."""
         with self._model_lock.lock:
-            self._compose(compositions, seeds)
+            self._compose(compositions, seeds, rank_by_batch)
             before = self._model_lock.held
             self._model_lock.held = (self.adapter_name, compositions, seeds)
             try:
@@ -279,8 +330,11 @@ class FusionComposer:
             finally:
                 self._model_lock.held = before
 
-    def _compose(self, compositions: List[Composition], seeds: Optional[List[int]] = None) -> None:
-        """Fills the fused adapter, or its rows where there are several, and activates it. The lock is held."""
+    def _compose(self,
+                 compositions: List[Composition],
+                 seeds: Optional[List[int]] = None,
+                 rank_by_batch: bool = False) -> None:
+        """Fills the fused adapter or its rows, and activates it. The lock is held."""
         _check_applied()
         adapters = self._look()
         held = self._model_lock.held
@@ -296,15 +350,18 @@ class FusionComposer:
         with Undo() as undo:
             # What is held is in the adapter, where random masks drawn anew would replace it.
             if held is None:
-                if self._is_exact:
-                    compositions = exact(compositions, Sources(adapters), is_selection=self.merge_method == 'selection')
-                adapters = self._filled(adapters, compositions, seeds, undo)
+                if any(composition.options.merge_method is not None for composition in compositions):
+                    compositions = exact(compositions, Sources(adapters))
+                adapters = self._filled(adapters, compositions, seeds, undo, rank_by_batch)
             self._activate(adapters)
             undo.commit()
 
-    def _filled(self, adapters: Adapters, compositions: List[Composition], seeds: Optional[Sequence[int]],
-                undo: Undo) -> Adapters:
-        """Fills the fused adapter, which is made where there is none, and returns the adapters as they are then."""
+    def _filled(self, adapters: Adapters, compositions: List[Composition], seeds: Optional[Sequence[int]], undo: Undo,
+                rank_by_batch: bool) -> Adapters:
+        """Fills the fused adapter, which is made where there is none, and returns the adapters as they are then.
+
+        Its rows are filled where there are several fusions, or where they shall have the rank of their batch.
+        """
         name, first = self.adapter_name, compositions[0]
         if compositions.count(first) == len(compositions) and not first.combination.is_random:
             # What all rows share serves any number of rows.
@@ -312,15 +369,21 @@ class FusionComposer:
         is_plain = len(compositions) == 1 and not first.is_base
         if name in adapters.configs:
             adapters.record(name)
-        elif is_plain and seeds is None:
+        elif is_plain and seeds is None and not rank_by_batch:
             return add(adapters, first, name, undo)
         else:
             adapters = self._added(adapters, some_source(Sources(adapters), compositions), undo)
-        if is_plain:
-            if seeds is not None:
-                torch.manual_seed(seeds[0])
-            return refill(adapters, first, name, undo)
-        return refill_rows(adapters, compositions, name, undo, seeds)
+        if rank_by_batch or not is_plain:
+            try:
+                return refill_rows(adapters, compositions, name, undo, seeds, rank_by_batch)
+            except RowsError:
+                if not is_plain:
+                    raise
+                # What all rows share needs no rows. What was found before may be of a growth that was undone.
+                adapters = self._look()
+        if seeds is not None:
+            torch.manual_seed(seeds[0])
+        return refill(adapters, first, name, undo)
 
     def _added(self, adapters: Adapters, source: str, undo: Undo) -> Adapters:
         """Makes a fused adapter of zeros, like a source, and returns the adapters as they are then."""

@@ -8,15 +8,14 @@ from ..lora.composition import Composition, check_names
 from ..model.sources import Sources
 
 
-def exact(compositions: Sequence[Composition], sources: Sources, is_selection: bool) -> List[Composition]:
-    """Returns the compositions of a mixture or a selection, which are defined by the delta, as they are merged.
+def exact(compositions: Sequence[Composition], sources: Sources) -> List[Composition]:
+    """Returns compositions as they are merged: those of a mixture or a selection are defined by the delta.
 
     PEFT's types give it √r times too much for sources with rsLoRA, which is kept where a type is asked for by name.
 
     Args:
         compositions: what the samples ask for.
         sources: the adapters that they may take.
-        is_selection: whether the heaviest source alone is merged.
 
     Raises:
         ValueError: a source cannot be merged. It says of which sample, where there are several.
@@ -24,15 +23,16 @@ def exact(compositions: Sequence[Composition], sources: Sources, is_selection: b
     found = []
     for number, composition in enumerate(compositions):
         with errors_of_sample(number, len(compositions)):
-            found.append(composition if composition.is_base else _exact(composition, sources, is_selection))
+            is_exact = composition.is_base or composition.options.merge_method is None
+            found.append(composition if is_exact else _exact(composition, sources))
     return found
 
 
-def _exact(composition: Composition, sources: Sources, is_selection: bool) -> Composition:
+def _exact(composition: Composition, sources: Sources) -> Composition:
     # Those that a selection leaves out are not merged, so that nothing else would see that they do not exist.
     for name in composition.sources:
         sources.check(name)
-    if is_selection:
+    if composition.options.merge_method == 'selection':
         composition = composition.selected()
     if sources.config(composition.sources[0]).use_rslora:
         rank = sum(map(sources.config_rank, composition.sources))

@@ -86,7 +86,12 @@ MERGE_METHODS = {'fusion': 'average', 'mixture': 'cat', 'selection': 'linear'}
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How to merge: the arguments of `add_weighted_adapter` behind the sources."""
+    """How to merge: the arguments of `add_weighted_adapter` behind the sources.
+
+    Attributes:
+        merge_method: `mixture` or `selection` where that is what was asked for: they are defined by the delta, whatever
+            the type that they are merged by makes of the sources.
+    """
     combination_type: str = 'svd'
     svd_rank: Optional[int] = None
     svd_clamp: Optional[float] = None
@@ -94,6 +99,7 @@ class MergeOptions:
     svd_driver: Optional[str] = None
     density: Optional[float] = None
     majority_sign_method: Literal['total', 'frequency'] = 'total'
+    merge_method: Optional[str] = None
 
     def checked(self) -> 'MergeOptions':
         """Returns these options with Python's own numbers.
@@ -168,8 +174,9 @@ def options_of_method(merge_method: str, combination_type: Optional[str] = None,
     if merge_method == 'selection' and combination_type is not None:
         raise ValueError("merge_method 'selection' is expected to have no combination_type, for it takes one source "
                          f'alone, found {short_repr(combination_type)}: leave it out.')
+    is_by_delta = combination_type is None and merge_method != 'fusion'
     name = MERGE_METHODS[merge_method] if combination_type is None else combination_type
-    found = MergeOptions(combination_type=name, **options).checked()
+    found = MergeOptions(combination_type=name, merge_method=merge_method if is_by_delta else None, **options).checked()
     # As for several sources, which is what a composer is for.
     found.applied(2)
     return found

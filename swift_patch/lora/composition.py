@@ -69,7 +69,8 @@ class Composition:
         """Returns the composition of each sample of a batch.
 
         Args:
-            samples: what each sample names: see `of_sample`, or a pair of both; None for the base model alone.
+            samples: what each sample names: see `of_sample`, or a pair of both; None for the base model alone. What
+                is a composition already stays one.
             options: see `of`.
 
         Raises:
@@ -82,6 +83,9 @@ class Composition:
                             f'{short_repr(samples)}: put it into a list.')
         every = _listed('samples', 'a list with the adapters of each sample', samples)
         for number, sample in enumerate(every):
+            if isinstance(sample, cls):
+                found.append(sample)
+                continue
             is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and not isinstance(sample[0], str)
             adapters, weights = sample if is_pair else (sample, None)
             if adapters is None and weights is None:

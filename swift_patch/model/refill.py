@@ -124,10 +124,12 @@ def refill_rows(adapters: Adapters,
                 compositions: Sequence[Composition],
                 name: str,
                 undo: Undo,
-                seeds: Optional[Sequence[int]] = None) -> Adapters:
+                seeds: Optional[Sequence[int]] = None,
+                rank_by_batch: bool = False) -> Adapters:
     """Gives each row of a batch a fusion of its own. Which adapters are active stays as it is.
 
-    The fused adapter's parameters stay as they are, except that it may grow.
+    The fused adapter's parameters stay as they are, except that it may grow: in layers alone where rows have the rank
+    of their batch.
 
     Args:
         adapters: the adapters of the model.
@@ -135,6 +137,7 @@ def refill_rows(adapters: Adapters,
         name: the fused adapter.
         undo: takes what undoes it. Nothing is committed.
         seeds: for each row, what torch's random numbers begin with.
+        rank_by_batch: whether the rows have the rank that this batch needs, not that of the fused adapter.
 
     Returns:
         The adapters as they are then.
@@ -152,9 +155,9 @@ def refill_rows(adapters: Adapters,
         for merge in merges:
             check_target(adapters, merge.config, merge.layers.keys(), names, name)
         rank = max((rank for plan in merges for rank, _ in plan.layers.values()), default=0)
-        adapters = grow(adapters, name, rank, _missing(sources, name, merges), own)
+        adapters = grow(adapters, name, 0 if rank_by_batch else rank, _missing(sources, name, merges), own)
         check_rows(adapters, name)
-        rows = rows_for(adapters, name, len(plans), own)
+        rows = rows_for(adapters, name, len(plans), own, rank if rank_by_batch else None)
         target = adapters.factors(name)
         # What was there before cannot be put back: nobody reads it then.
         own.callback(rows.hide)
@@ -167,12 +170,12 @@ def refill_rows(adapters: Adapters,
                 if seeds is not None:
                     torch.manual_seed(seeds[number])
                 fill(rows.row(number, target), prune_at_random(adapters, plan), partial(merge_batch, plan))
-        rows.show(len(plans))
+        rows.show()
         own.pass_to(undo)
     return adapters
 
 
-def make_room(adapters: Adapters, name: str, rank: int, sources: Sources, names: Sequence[str], rows: int = 1) -> None:
+def make_room(adapters: Adapters, name: str, rank: int, sources: Sources, names: Sequence[str], rows: int = 0) -> None:
     """Makes a fused adapter large enough for what is to come. What it computes stays the same.
 
     Args:
@@ -181,7 +184,7 @@ def make_room(adapters: Adapters, name: str, rank: int, sources: Sources, names:
         rank: the rank that it shall have at least.
         sources: the adapters that will be merged.
         names: their names.
-        rows: how many rows there shall be memory for, where there are several.
+        rows: how many rows of that rank there shall be memory for.
 
     Raises:
         ValueError: its tensors cannot be replaced.
@@ -203,7 +206,7 @@ def make_room(adapters: Adapters, name: str, rank: int, sources: Sources, names:
         for source in sources.of_model(names):
             if source not in offloaded and not adapters.factors(source).layout.is_meta:
                 adapters.pack(source, undo)
-        if rows > 1:
+        if rows:
             rows_for(adapters, name, rows, undo)
         undo.commit()
 

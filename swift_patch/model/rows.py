@@ -1,16 +1,19 @@
 """A fusion of its own for each row of a batch: the memory of the rows, and which layers read it.
 
-A row is what the parameters of a fused adapter would hold after a refill: of its layers, its rank and its scalings. All
-rows are one piece of memory, which `variant.RowsVariant` reads.
+A row is what the parameters of a fused adapter would hold after a refill: of its layers and its scalings, and of its
+rank or that of the batch. All rows are one piece of memory, which `variant.RowsVariant` reads.
 """
+import math
 import re
 import torch
 from contextlib import ExitStack
+from functools import lru_cache, partial
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional
 
 from ..errors import RowsError
+from ..lora.reading import Kind
 from .adapters import Adapters
 from .arrangement import Arrangement, Factor, FlatFactors, LayerFactors
 from .packing import AdapterFactors
@@ -22,63 +25,67 @@ _OF_OTHERS = re.compile('vision|visual|image|video|audio|speech')
 # Models (of their authors' own code) whose layers get (sequence, batch, features).
 _SEQUENCE_FIRST = ('chatglm', 'codegeex4')
 
+# Sizes of a batch (of how many rows, of which rank) whose views of the memory are remembered: one for each layer and
+# side, they take longer than a row's merge.
+_MAX_SIZES = 16
+
 
 class Rows:
-    """The memory of the rows of one fused adapter, one piece for each dtype and device: (capacity, elements).
+    """The memory of the rows of one fused adapter, one piece for each dtype and device.
 
-    It stays where it is, so that compiled and captured graphs that read it stay valid. It keeps nothing of the model
-    alive.
+    It stays where it is, and so do all rows of one rank, so that compiled and captured graphs that read them stay
+    valid. It keeps nothing of the model alive.
 
     Args:
         target: the fused adapter.
-        capacity: how many rows there can be.
+        count: how many rows there shall be.
+        rank: their rank. There can be more rows of a smaller one, or fewer of a larger one.
 
     Attributes:
-        capacity: how many rows there can be.
         variants: what is installed in the layers, in the order of the layout.
     """
 
-    def __init__(self, target: AdapterFactors, capacity: int):
-        self.capacity = capacity
+    def __init__(self, target: AdapterFactors, count: int, rank: int):
+        # A row has as many elements for each unit of the rank, whatever the rank.
+        self._room = count * rank
         self._key = _key_of(target)
         layout = target.layout
-        self.layout = Arrangement(
-            LayerFactors(name, Factor.of(A), Factor.of(B), groups, is_transposed) for name, A, B, groups, is_transposed
-            in zip(layout.names, *layout.sides(target.parameters), layout.groups, layout.is_transposed))
+        A, B = (map(Factor.of, side) for side in layout.sides(target.parameters))
+        layers = list(map(LayerFactors, layout.names, A, B, layout.groups, layout.is_transposed))
         with torch.inference_mode(False):
-            self._memory = {
+            memory = {
                 # Written to now, for memory that is new costs more than what is merged into it.
-                kind: torch.empty((capacity, size), dtype=kind[0], device=kind[1]).zero_()
-                for kind, size in self.layout.sizes.items()
+                kind: torch.empty(count * size, dtype=kind[0], device=kind[1]).zero_()
+                for kind, size in Arrangement(_of_rank(layers, rank)).sizes.items()
             }
-        self.variants = [RowsVariant(name) for name in target.layout.names]
-        # What the variants read, and how many rows of it, which are mostly as many as the last time.
-        self._shown: List[Tuple[Tensor, Tensor]] = []
-        self._count = 0
+        self.variants = [RowsVariant(name) for name in layout.names]
+        # No method of this object, which would keep it alive.
+        self._section = lru_cache(maxsize=_MAX_SIZES)(partial(_Section, layers, memory))
+        self.arrange(count, rank)
 
-    def fits(self, target: AdapterFactors, count: int) -> bool:
-        """Returns whether these are rows for the fused adapter as it is now, and for so many."""
-        return count <= self.capacity and self._key == _key_of(target)
+    def fits(self, target: AdapterFactors, count: int, rank: int) -> bool:
+        """Returns whether these are rows for the fused adapter as it is now, and for so many of a rank."""
+        return count * rank <= self._room and self._key == _key_of(target)
+
+    def arrange(self, count: int, rank: int) -> None:
+        """Has as many rows, of this rank, from now on. The variants read what they did until `show` or `hide`."""
+        self._now = self._section(count, rank)
 
     def row(self, number: int, target: AdapterFactors) -> FlatFactors:
         """Returns a row, to write to it."""
-        return FlatFactors(self.layout, {
+        return FlatFactors(self._now.layout, {
             kind: memory[number]
-            for kind, memory in self._memory.items()
+            for kind, memory in self._now.memory.items()
         }, target.scalings)
 
     def clear(self, number: int) -> None:
         """Fills a row with zeros: the base model alone."""
-        for memory in self._memory.values():
+        for memory in self._now.memory.values():
             memory[number].zero_()
 
-    def show(self, count: int) -> None:
-        """Has the variants read the first `count` rows."""
-        if len(self._shown) != len(self.variants) or self._count != count:
-            self._shown = [(self.view(0, place)[:count], self.view(1, place)[:count])
-                           for place in range(len(self.variants))]
-            self._count = count
-        for variant, (A, B) in zip(self.variants, self._shown):
+    def show(self) -> None:
+        """Has the variants read the rows."""
+        for variant, (A, B) in zip(self.variants, self._now.factors):
             variant.read(A, B)
 
     def hide(self) -> None:
@@ -86,28 +93,67 @@ class Rows:
         for variant in self.variants:
             variant.read(None, None)
 
-    def view(self, side: int, place: int) -> Tensor:
-        """Returns A (side 0) or B (side 1) of one layer in all rows, rows in front."""
-        kind, first, shape = self.layout.sides[side][place]
-        return self._memory[kind][:, first:first + shape.numel()].view(self.capacity, *shape)
+
+class _Section:
+    """So many rows of one rank, in the memory of all rows.
+
+    Attributes:
+        layout: where the factors of a row lie in it.
+        memory: the rows, by dtype and device: (rows, elements).
+        factors: A and B of each layer in all rows, rows in front.
+    """
+
+    def __init__(self, layers: Iterable[LayerFactors], memory: Mapping[Kind, Tensor], count: int, rank: int):
+        self.layout = Arrangement(_of_rank(layers, rank))
+        # What was viewed in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.memory = {
+                kind: memory[kind][:count * size].view(count, size)
+                for kind, size in self.layout.sizes.items()
+            }
+            self.factors = [(self._view(*A), self._view(*B)) for A, B in zip(*self.layout.sides)]
+
+    def _view(self, kind: Kind, first: int, shape: torch.Size) -> Tensor:
+        memory = self.memory[kind]
+        return memory[:, first:first + shape.numel()].view(len(memory), *shape)
 
 
-def rows_for(adapters: Adapters, name: str, count: int, undo: ExitStack) -> Rows:
-    """Returns memory for `count` rows of a fused adapter, that of the last time where it is large enough.
+def _of_rank(layers: Iterable[LayerFactors], rank: int) -> Iterator[LayerFactors]:
+    """Yields layers with another rank.
+
+    A fused adapter has one rank in all layers, so that they are as many kinds, in the same order, in any rank.
+    """
+    for layer in layers:
+        A, B = layer.A.shape, layer.B.shape
+        yield layer._replace(
+            A=layer.A._replace(shape=torch.Size((rank, *A[1:]))),
+            B=layer.B._replace(shape=torch.Size((B[0], rank // layer.groups, *B[2:]))))
+
+
+def rows_for(adapters: Adapters, name: str, count: int, undo: ExitStack, rank: Optional[int] = None) -> Rows:
+    """Returns `count` rows of a fused adapter, in the memory of the last time where that is large enough.
 
     Args:
         adapters: the adapters of the model.
         name: the fused adapter.
         count: how many rows there shall be.
         undo: takes what undoes it.
+        rank: the rank that they shall have at least; by default that of the fused adapter.
     """
     record, target = adapters.record(name), adapters.factors(name)
+    if rank is None:
+        rank = target.layout.rank
+    # Which the groups of a convolution part; and no layer has rank 0.
+    multiple = math.lcm(*target.layout.groups)
+    rank = max(math.ceil(rank / multiple), 1) * multiple
     # What grew has other parameters, with which its memory goes.
     adapters.remember(name, record.options, record.config, record.layers, undo)
     memory = adapters.record(name).memory
-    if memory.rows is None or not memory.rows.fits(target, count):
+    if memory.rows is None or not memory.rows.fits(target, count, rank):
         undo.callback(setattr, memory, 'rows', memory.rows)
-        memory.rows = Rows(target, count)
+        memory.rows = Rows(target, count, rank)
+    else:
+        memory.rows.arrange(count, rank)
     return memory.rows
 
 

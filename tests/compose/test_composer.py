@@ -48,6 +48,103 @@ def test_selection_is_the_heaviest_source_alone_as_it_is(model):
         assert_close_deltas(model, 'fused', model, oracle_adapter=heaviest)
 
 
+def of_methods(composer):
+    """A composition of each merge method."""
+    names, weights = ['l0', 'l2'], [0.7, 0.3]
+    return {method: composer.composition(names, weights, method) for method in ('fusion', 'mixture', 'selection')}
+
+
+@pytest.mark.parametrize('rank_by_batch', [False, True])
+@pytest.mark.parametrize('composer_args', [{}, {
+    'merge_method': 'mixture'
+}, {
+    'merge_method': 'selection'
+}, {
+    'combination_type': 'ties',
+    'density': 0.3
+}])
+def test_a_composition_has_a_merge_method_of_its_own_whatever_that_of_its_composer(model, composer_args, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch, **composer_args)
+    for method, composition in of_methods(composer).items():
+        FusionComposer(model, method).compose({'l0': 0.7, 'l2': 0.3})
+        expected = outputs(model)
+        composer.compose(['l3', 'l1'])
+        assert composer.compose_batch([composition]) == 'fused'
+        assert active(model) == ['fused']
+        torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-5)
+        composer.compose(['l3', 'l1'])
+        with composer.fused_batch([composition, composition]):
+            torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_composition_is_that_of_its_composer_by_default(model):
+    composer = FusionComposer(model, 'mixture')
+    assert composer.composition(['l0', 'l1']) == composer.composition({'l0': 0.5, 'l1': 0.5}, merge_method='mixture')
+    assert composer.composition(['l0', 'l1']) != composer.composition(['l0', 'l1'], merge_method='fusion')
+    by_type = FusionComposer(model, combination_type='svd', svd_rank=3)
+    assert by_type.composition(['l0', 'l1']).options.svd_rank == 3
+    by_type.compose_batch([by_type.composition(['l0', 'l2'], [0.7, 0.3])])
+    assert_close_deltas(model, 'fused', fresh(model, ['l0', 'l2'], [0.7, 0.3], 'svd', svd_rank=3))
+
+
+@pytest.mark.parametrize('merge_method', ['mixture', 'selection'])
+def test_a_composition_means_the_outputs_also_with_rslora(build, merge_method):
+    model = build(use_rslora=True)
+    composer = FusionComposer(model)
+    composer.compose_batch([composer.composition({'l0': 0.7, 'l2': 0.3}, merge_method=merge_method)])
+    for name, delta in deltas(model, 'fused').items():
+        l0, l2 = deltas(model, 'l0')[name], deltas(model, 'l2')[name]
+        expected = l0 if merge_method == 'selection' else 0.7 * l0 + 0.3 * l2
+        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('arguments, error, message', [
+    ((['l0'], None, 'blend'), ValueError, "one of .*'mixture'.* found 'blend'"),
+    ((['l0'], None, 'cat'), ValueError, "found 'cat'"),
+    ((['l0'], None, 3), ValueError, 'found 3'),
+    (([], None, 'mixture'), ValueError, 'at least one'),
+    (('l0', None, 'mixture'), TypeError, 'list of adapter names'),
+    ((['l0', 'l1'], [1.0], 'mixture'), ValueError, 'of one length'),
+    ((['l0'], [math.inf], 'mixture'), ValueError, 'finite'),
+    (({
+        'l0': 1.0
+    }, [1.0], 'mixture'), TypeError, 'left out'),
+])
+def test_what_is_no_composition_is_refused_at_once(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        FusionComposer(model).composition(*arguments)
+
+
+@pytest.mark.parametrize('rank_by_batch', [False, True])
+@pytest.mark.parametrize('merge_method', ['fusion', 'mixture', 'selection'])
+def test_a_composition_of_what_does_not_exist_is_refused_by_its_number_where_it_is_composed(
+        model, merge_method, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
+    composer.compose_batch([['l1', 'l2'], ['l3']])
+    before, expected = state(model), outputs(model)
+    wrong = composer.composition(['l0', 'nobody'], merge_method=merge_method)
+    with pytest.raises(ValueError, match="Sample 1: .*'nobody'"):
+        composer.compose_batch([['l0'], wrong])
+    with pytest.raises(ValueError, match="'nobody'"), composer.fused_batch([wrong]):
+        pass
+    assert_same_state(state(model), before)
+    assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize('rank_by_batch', [False, True])
+def test_a_block_holds_compositions_by_their_merge_methods_too(model, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
+    of_method = of_methods(composer)
+    for batch in ([of_method['mixture']], [of_method['mixture'], of_method['fusion']]):
+        with composer.fused_batch(batch):
+            expected = outputs(model)
+            with composer.fused_batch(batch):
+                assert torch.equal(outputs(model), expected)
+            with pytest.raises(RuntimeError, match='expected to keep'):
+                composer.compose_batch([of_method['selection'], *batch[1:]])
+            assert torch.equal(outputs(model), expected)
+
+
 @pytest.mark.parametrize('combination_type, options', [('linear', {}), ('svd', {
     'svd_rank': 3
 }), ('ties', {
@@ -275,11 +372,15 @@ def test_ten_thousand_compositions_leave_no_more_tensors_modules_or_memory(build
 
     for i in range(1000):
         composer.compose([names[i % 4], names[(i + 1) % 4]], [i + 1, 1.0])
-    before, memory = count(), psutil.Process().memory_info().rss
-    for i in range(10_000):
-        composer.compose([names[i % 4], names[(i + 1) % 4]], [i + 1, 1.0])
+    before, grown = count(), []
+    # What else there is in this process may take some memory meanwhile, but not each time.
+    while not grown or (min(grown) >= 2**23 and len(grown) < 3):
+        memory = psutil.Process().memory_info().rss
+        for i in range(10_000):
+            composer.compose([names[i % 4], names[(i + 1) % 4]], [i + 1, 1.0])
+        grown.append(psutil.Process().memory_info().rss - memory)
     assert count() == before
-    assert psutil.Process().memory_info().rss < memory + 2**23
+    assert min(grown) < 2**23, grown
 
 
 def test_a_dropped_model_is_collected():

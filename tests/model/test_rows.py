@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 from contextlib import nullcontext
-from models import (PEFT_TYPES, PROJECTIONS, AllKinds, assert_same_state, layers, llava, loras, outputs, peft_model,
-                    state, swift_model, update)
+from models import (PEFT_TYPES, PROJECTIONS, AllKinds, assert_same_state, fresh, layers, llava, loras, outputs,
+                    peft_model, state, swift_model, update)
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from swift.tuners import LoRAConfig, SwiftModel
@@ -44,6 +44,11 @@ WAYS = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=['rank of the adapter', 'rank of the batch'])
+def rank_by_batch(request):
+    return request.param
+
+
 def wrapped(kind, model, targets):
     cls, wrap = (LoRAConfig, swift_model) if kind == 'swift' else (LoraConfig, peft_model)
     return wrap(loras(cls=cls, target_modules=targets), model)
@@ -73,9 +78,10 @@ def alone(composer, model, x, samples=SAMPLES, seeds=None, run=logits):
     return torch.cat(found)
 
 
-def assert_rows(composer, model, x, samples=SAMPLES, run=logits, tolerance=1e-4):
+def assert_rows(composer, model, x, samples=SAMPLES, run=logits, tolerance=1e-4, one=None):
+    """Asserts that `composer` computes each row as `one`, by default itself, computes its sample alone."""
     seeds = list(range(len(samples)))
-    expected = alone(composer, model, x, samples, seeds, run)
+    expected = alone(one or composer, model, x, samples, seeds, run)
     composer.compose_batch(samples, seeds)
     torch.testing.assert_close(run(model, x), expected, rtol=tolerance, atol=tolerance)
     differing = [not torch.equal(expected[0], other) for other in expected[1:]]
@@ -83,20 +89,29 @@ def assert_rows(composer, model, x, samples=SAMPLES, run=logits, tolerance=1e-4)
 
 
 @pytest.mark.parametrize('way', WAYS.values(), ids=list(WAYS))
-def test_each_row_is_as_the_same_sample_alone(model, way):
-    assert_rows(FusionComposer(model, **way), model, ids())
+def test_each_row_is_as_the_same_sample_alone(model, way, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch, **way)
+    assert_rows(composer, model, ids(), one=FusionComposer(model, **way))
 
 
 @pytest.mark.parametrize('way', ['mixture', 'selection', 'svd', 'ties_svd'])
 @pytest.mark.parametrize('kind', ['swift', 'peft'])
-def test_ranks_scalings_and_layers_of_the_sources_may_differ(kind, way):
+def test_ranks_scalings_and_layers_of_the_sources_may_differ(kind, way, rank_by_batch):
     cls, wrap = (LoRAConfig, swift_model) if kind == 'swift' else (LoraConfig, peft_model)
     configs = loras(cls=cls, r=[4, 2, 3, 1], lora_alpha=[8, 3, 6, 4])
     targets = [PROJECTIONS, ['q_proj', 'v_proj'], ['down_proj'], PROJECTIONS[2:]]
     for config, names in zip(configs.values(), targets):
         config.target_modules = set(names)
     model = wrap(configs)
-    assert_rows(FusionComposer(model, **WAYS[way]), model, ids())
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch, **WAYS[way])
+    assert_rows(composer, model, ids(), one=FusionComposer(model, **WAYS[way]))
+
+
+@pytest.mark.parametrize('way', ['fusion', 'mixture', 'selection'])
+def test_layers_may_have_ranks_of_their_own(build, way, rank_by_batch):
+    model = build(rank_pattern={'q_proj': 2, 'down_proj': 6})
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch, **WAYS[way])
+    assert_rows(composer, model, ids(), one=FusionComposer(model, **WAYS[way]))
 
 
 @pytest.mark.parametrize('rslora', [[False], [True], [True, False]])
@@ -108,24 +123,25 @@ def test_scalings_that_differ_between_rows_and_layers_are_kept(build, rslora):
 
 @pytest.mark.parametrize('way', ['fusion', 'mixture', 'linear'])
 @pytest.mark.parametrize('kind', ['swift', 'peft'])
-def test_embeddings_and_convolutions_have_rows_too(way, kind):
+def test_embeddings_and_convolutions_have_rows_too(way, kind, rank_by_batch):
     targets = ['embedding', 'linear', 'fan', 'conv2', 'point', 'grouped']
     if kind == 'peft':
         targets += ['conv1', 'conv3']
     model = wrapped(kind, AllKinds(), targets)
     x = torch.randint(0, 11, (len(SAMPLES), 5), generator=torch.Generator().manual_seed(3))
-    assert_rows(FusionComposer(model, **WAYS[way]), model, x)
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch, **WAYS[way])
+    assert_rows(composer, model, x, one=FusionComposer(model, **WAYS[way]))
 
 
-def test_equal_samples_serve_any_number_of_rows(model):
-    composer = FusionComposer(model)
+def test_equal_samples_serve_any_number_of_rows(model, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
     expected = alone(composer, model, ids(3), [['l0', 'l1']] * 3)
     composer.compose_batch([['l0', 'l1']] * 2)
     torch.testing.assert_close(logits(model, ids(3)), expected)
 
 
-def test_the_base_model_alone_is_a_row_like_any_other(model):
-    composer = FusionComposer(model)
+def test_the_base_model_alone_is_a_row_like_any_other(model, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
     with (model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()):
         if isinstance(model, SwiftModel):
             model.set_active_adapters([])
@@ -245,8 +261,8 @@ def addresses(model):
             for layer in layers(model).values()]
 
 
-def test_rows_stay_where_they_are_and_fewer_are_read_where_fewer_are_composed(model):
-    composer = FusionComposer(model)
+def test_rows_stay_where_they_are_and_fewer_are_read_where_fewer_are_composed(model, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
     composer.reserve(max_sources=3, max_rows=5)
     composer.compose_batch(SAMPLES)
     before = addresses(model)
@@ -298,8 +314,8 @@ def test_rows_are_no_part_of_a_checkpoint(model, tmp_path):
         torch.save(layers(model), tmp_path / 'model.pt')
 
 
-def test_a_copied_model_has_rows_of_its_own(model):
-    composer = FusionComposer(model)
+def test_a_copied_model_has_rows_of_its_own(model, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
     composer.compose_batch(SAMPLES)
     expected = logits(model, ids())
     copied = copy.deepcopy(model)
@@ -309,8 +325,8 @@ def test_a_copied_model_has_rows_of_its_own(model):
     torch.testing.assert_close(logits(model, ids().flip(0)), expected.flip(0), rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_is_cast_takes_its_rows_along(model):
-    composer = FusionComposer(model)
+def test_a_model_that_is_cast_takes_its_rows_along(model, rank_by_batch):
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
     composer.compose_batch(SAMPLES)
     expected = logits(model, ids())
     model.to(torch.float64)
@@ -337,6 +353,206 @@ def test_an_adapter_that_grows_loses_its_rows_and_says_so(build):
         outputs(model)
     composer.compose_batch([['l0'], ['l1']])
     outputs(model)
+
+
+# In the rank of their batch.
+
+
+def methods_of(composer):
+    """A sample of each merge method, of the ranks 4, 16, 4, none and 8."""
+    return [
+        composer.composition({
+            'l0': 0.6,
+            'l1': -0.4
+        }),
+        composer.composition(['l0', 'l1', 'l2', 'l3'], [0.5, 0.2, -0.7, 0.3], 'mixture'),
+        composer.composition(['l1', 'l3'], [0.3, 0.7], 'selection'),
+        None,
+        composer.composition(['l2', 'l3'], merge_method='mixture'),
+    ]
+
+
+def methods_by_stock(model, x):
+    """What stock computes for each row of `methods_of`, on copies of a model that nothing was composed in."""
+    weighted = [
+        # Of parameters that are averaged: `linear` takes the roots.
+        (['l0', 'l1'], [0.36, 0.16], 'linear'),
+        (['l0', 'l1', 'l2', 'l3'], [0.5, 0.2, -0.7, 0.3], 'cat'),
+        (['l3'], [1.0], 'linear'),
+        (['l0'], [0.0], 'linear'),
+        (['l2', 'l3'], [0.5, 0.5], 'cat'),
+    ]
+    found = []
+    for number, way in enumerate(weighted):
+        oracle = fresh(model, *way)
+        if number == 0:
+            for layer in layers(oracle).values():
+                for of_side in (layer.lora_A, layer.lora_B):
+                    of_side['oracle'].weight.data = 0.6 * of_side['l0'].weight.data - 0.4 * of_side['l1'].weight.data
+                layer.scaling['oracle'] = layer.scaling['l0']
+        found.append(logits(oracle, x[number:number + 1]))
+    return torch.cat(found)
+
+
+def of_fused(model):
+    """What the fused adapter's parameters are, and hold."""
+    return {name: value for name, value in state(model).items() if '.fused' in name}
+
+
+def ranks(model):
+    found = {(variant.A.shape[1], variant.B.shape[2])
+             for variant in (layer.lora_variant['fused'] for layer in layers(model).values())}
+    assert len(found) == 1
+    return next(iter(found))
+
+
+def storages(model):
+    return {
+        value.untyped_storage().data_ptr()
+        for layer in layers(model).values()
+        for value in (layer.lora_variant['fused'].A, layer.lora_variant['fused'].B)
+    }
+
+
+def test_each_row_may_have_a_merge_method_of_its_own(model, rank_by_batch):
+    expected = methods_by_stock(model, ids())
+    composer = FusionComposer(model, rank_by_batch=rank_by_batch)
+    samples = methods_of(composer)
+    # In any order: what was there before is not seen.
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 2], [1], [3], [2, 0], [1, 4, 0]):
+        composer.compose_batch([samples[i] for i in order])
+        torch.testing.assert_close(logits(model, ids()[order]), expected[order], rtol=1e-4, atol=1e-4)
+    assert_rows(composer, model, ids(), samples)
+
+
+def test_rows_have_the_rank_of_their_batch_and_the_fused_adapter_stays_as_it_is(model, caplog):
+    composer = FusionComposer(model, rank_by_batch=True)
+    fusion, mixture, selection, base, smaller = methods_of(composer)
+    composer.compose_batch([fusion, selection])
+    before = of_fused(model)
+    assert ranks(model) == (4, 4)
+    for samples, rank in (([fusion, mixture, base], 16), ([selection, fusion], 4), ([mixture], 16), ([fusion], 4),
+                          ([smaller, base, selection], 8), ([base], 1), ([fusion, base], 4)):
+        composer.compose_batch(samples)
+        assert ranks(model) == (rank, rank)
+        assert len(variant(model).A) == len(samples)
+        assert_same_state(of_fused(model), before)
+    assert not caplog.records
+
+
+def test_a_batch_that_shares_one_composition_leaves_the_values_of_the_fused_adapter_too(model):
+    composer = FusionComposer(model, rank_by_batch=True)
+    composer.compose(['l0', 'l1'])
+    before = of_fused(model)
+    composer.compose_batch([['l2', 'l3']] * 3)
+    assert_same_state(of_fused(model), before)
+    # One sample that is no batch is still filled into it.
+    composer.compose(['l2', 'l3'])
+    assert variant(model) is None
+    expected = outputs(model)
+    composer.compose_batch([['l2', 'l3']] * 3)
+    torch.testing.assert_close(outputs(model), expected)
+
+
+def test_the_fused_adapter_gets_the_layers_of_a_batch_and_not_its_rank():
+    model = swift_model({**loras(2, target_modules=['q_proj']), 'wide': loras(1, r=9)['l0']})
+    composer = FusionComposer(model, rank_by_batch=True)
+    composer.compose(['l0', 'l1'])
+    composer.compose_batch([['l0'], ['wide']])
+    assert {layer.r['fused'] for layer in layers(model).values()} == {4}
+    assert ranks(model) == (9, 9)
+    assert_rows(composer, model, ids(2), [['wide'], ['l1']], one=FusionComposer(model))
+
+
+def test_rows_have_a_rank_that_the_groups_of_a_convolution_part():
+    configs = loras(1, LoraConfig, target_modules=['linear', 'fan', 'grouped'])
+    model = peft_model({**configs, 'odd': LoraConfig(r=3, target_modules=['linear', 'fan'])}, AllKinds())
+    composer = FusionComposer(model, rank_by_batch=True)
+    composer.compose(['l0'])
+    x = torch.arange(10).reshape(2, 5)
+    assert_rows(composer, model, x, [['odd'], None], one=FusionComposer(model))
+    assert {len(layer.lora_variant['fused'].A[0]) for layer in layers(model).values() if layer.r.get('fused')} == {4}
+    assert_rows(composer, model, x, [composer.composition(['odd', 'l0'], merge_method='mixture'), ['l0']])
+
+
+def test_rows_of_any_rank_are_in_the_memory_that_was_reserved(model):
+    composer = FusionComposer(model, rank_by_batch=True)
+    composer.reserve(max_sources=2, max_rows=5)
+    fusion, mixture, selection, base, smaller = methods_of(composer)
+    composer.compose_batch([fusion, selection, base, base, fusion])
+    before = storages(model)
+    assert len(before) == 1
+    for samples in ([mixture], [smaller, fusion], [base], [fusion] * 4 + [selection], [mixture]):
+        composer.compose_batch(samples)
+        assert storages(model) == before
+    # Larger once, and for all that comes.
+    composer.compose_batch([mixture, fusion])
+    before = storages(model)
+    for samples in ([smaller, base, fusion], [selection, fusion], [fusion, mixture]):
+        composer.compose_batch(samples)
+        assert storages(model) == before
+
+
+def test_one_row_is_reserved_too(model):
+    composer = FusionComposer(model, 'mixture', rank_by_batch=True)
+    composer.reserve(max_sources=2, max_rows=1)
+    with mock.patch.object(rows_module, 'Rows', side_effect=MemoryError):
+        composer.compose_batch([['l0', 'l1']])
+        with pytest.raises(MemoryError):
+            composer.compose_batch([['l0', 'l1'], None])
+
+
+def test_without_it_any_batch_is_in_the_same_tensors_of_the_same_shape(model):
+    composer = FusionComposer(model)
+    composer.compose_batch(methods_of(composer))
+    before, places = of_fused(model), addresses(model)
+    fusion, _, selection, base, smaller = methods_of(composer)
+    for samples in ([fusion, selection, base, base, fusion], [fusion, smaller], [base, smaller, selection]):
+        composer.compose_batch(samples)
+        assert ranks(model) == (16, 16)
+        assert addresses(model) == places
+        assert_same_state(of_fused(model), before)
+
+
+def test_what_all_rows_share_is_filled_into_the_fused_adapter_where_layers_cannot_have_rows(model):
+    expected = methods_by_stock(model, ids())
+    composer = FusionComposer(model, rank_by_batch=True)
+    fusion, mixture, *_ = methods_of(composer)
+    composer.compose_batch([fusion])
+    with mock.patch.object(rows_module, 'reads_variants', lambda layer_class: False):
+        for sample, row in ((mixture, 1), (fusion, 0)):
+            composer.compose_batch([sample] * 3)
+            assert variant(model) is None
+            torch.testing.assert_close(logits(model, ids()[[row]]), expected[[row]], rtol=1e-4, atol=1e-4)
+        before = state(model)
+        for samples in ([fusion, mixture], [None]):
+            with pytest.raises(RowsError, match='found a Linear'):
+                composer.compose_batch(samples)
+            assert_same_state(state(model), before)
+        # The first one, too.
+        first = FusionComposer(model, adapter_name='first', rank_by_batch=True)
+        first.compose_batch([mixture])
+        torch.testing.assert_close(logits(model, ids()[[1]]), expected[[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_cannot_have_rows_are_still_those_that_the_fused_adapter_grows_by():
+    model = swift_model({**loras(2, target_modules=['q_proj']), 'wide': loras(1, r=9)['l0']})
+    composer = FusionComposer(model, 'mixture', rank_by_batch=True)
+    composer.compose(['l0'])
+    expected = outputs(fresh(model, ['wide', 'l1'], [0.5, 0.5], 'cat'))
+    with mock.patch.object(rows_module, 'reads_variants', lambda layer_class: False):
+        composer.compose_batch([['wide', 'l1']])
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_composition_draws_as_the_same_sample_alone(model):
+    way = {'combination_type': 'dare_linear', 'density': 0.5}
+    composer = FusionComposer(model, rank_by_batch=True, **way)
+    sample, seeds = ['l0', 'l1'], [7]
+    FusionComposer(model, **way).compose_batch([sample], seeds)
+    expected = outputs(model)
+    composer.compose_batch([sample], seeds)
+    torch.testing.assert_close(outputs(model), expected)
 
 
 # What cannot be told is refused.
@@ -497,8 +713,9 @@ def test_wrong_seeds_are_refused_and_the_rows_stay(model, seeds):
 
 
 @pytest.mark.parametrize('after', ['nothing', 'one sample', 'a batch'])
-def test_an_error_in_the_middle_leaves_one_sample_as_it_was_and_no_half_written_rows(model, after):
-    composer = FusionComposer(model)
+def test_an_error_in_the_middle_leaves_one_sample_as_it_was_and_no_half_written_rows(model, after, rank_by_batch):
+    composer = FusionComposer(model, 'mixture', rank_by_batch=rank_by_batch)
+    composer.reserve(max_sources=3)
     if after == 'one sample':
         composer.compose(['l0', 'l1'])
     elif after == 'a batch':
