@@ -1,5 +1,7 @@
 """What is used of ms-swift besides its tuners, under its names in ms-swift 4, whichever release is installed.
 
+What is used of its server is in `serve.stock`.
+
 ms-swift itself is asked, not its version. Importing this module imports ms-swift.
 """
 import dataclasses
@@ -34,19 +36,16 @@ else:  # ms-swift 3: all in one module, where some are called otherwise
     from swift.plugin.metric import compute_rouge_bleu
 
 __all__ = [
-    'BATCHES_STREAMS', 'DATASET_MAPPING', 'TEMPLATE_MODE', 'TUNER_OPTION', 'AdapterRequest', 'BaseArguments',
-    'DataArguments', 'DatasetMeta', 'DatasetSyntax', 'HfDataset', 'InferArguments', 'InferRequest', 'RowPreprocessor',
-    'SftArguments', 'TransformersEngine', 'compute_rouge_bleu', 'get_engine', 'get_template', 'keys_of_args_file',
-    'load_base', 'load_dataset', 'meta_of_rows', 'registering_datasets', 'safe_snapshot_download', 'sample_dataset',
-    'sft_main'
+    'DATASET_MAPPING', 'TEMPLATE_MODE', 'TUNER_OPTION', 'AdapterRequest', 'BaseArguments', 'DataArguments',
+    'DatasetMeta', 'DatasetSyntax', 'HfDataset', 'InferArguments', 'InferRequest', 'RowPreprocessor', 'SftArguments',
+    'TransformersEngine', 'compute_rouge_bleu', 'get_engine', 'get_template', 'keys_of_args_file', 'load_base',
+    'load_dataset', 'meta_of_rows', 'registering_datasets', 'safe_snapshot_download', 'sample_dataset', 'sft_main'
 ]
 
 # ms-swift 3 said `train_type`.
 TUNER_OPTION = 'tuner_type' if hasattr(BaseArguments, 'tuner_type') else 'train_type'
 # What a template is told it encodes for: ms-swift 3 called transformers `pt`, after PyTorch.
 TEMPLATE_MODE = 'transformers' if TransformersEngine.__name__ == 'TransformersEngine' else 'pt'
-# ms-swift 3 ends the streams of a batch where one of them has nothing to say.
-BATCHES_STREAMS = TransformersEngine.__name__ == 'TransformersEngine'
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,19 +1,31 @@
 """ms-swift's own engine, in which every request of a batch has its own composition of adapters."""
 import logging
+import math
 import time
 import torch
+import traceback
 from contextlib import contextmanager
 from copy import copy
 from itertools import repeat
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from transformers import StoppingCriteriaList
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 from ..errors import RowsError, short_repr
 from ..lora.numbers import check_positive, checked_seeds, derived_seed
-from ..ms_swift import BATCHES_STREAMS, InferRequest, TransformersEngine, get_engine
+from ..ms_swift import TEMPLATE_MODE, InferRequest, TransformersEngine, get_engine
 from .composer import FusionComposer, Sample
-from .streams import Client, Stream, checked
+from .streams import NOTHING, Client, Mailbox, Stream, checked
+from .tickets import Ticket, UntilAbandoned
 
 logger = logging.getLogger(__name__)
+
+# How long an engine that had nothing to do waits for more requests after one came: those of one moment make one batch.
+_SECONDS_OF_GATHERING = 0.004
+
+
+class EncodedRequest(NamedTuple):
+    """A request as the model gets it, which `FusionEngine.encoded` returns."""
+    inputs: Dict[str, Any]
 
 
 class ComposedRequest(NamedTuple):
@@ -21,12 +33,14 @@ class ComposedRequest(NamedTuple):
 
     Attributes:
         request: the request.
-        composition: what `FusionComposer.compose` takes, None for the base model.
+        composition: what `FusionComposer.compose_batch` takes for a sample, None for the base model.
         seed: what random numbers come from, None to go on with those that there are.
+        ticket: what becomes of it is noted there.
     """
-    request: InferRequest
+    request: Union[InferRequest, EncodedRequest]
     composition: Optional[Sample]
     seed: Optional[int] = None
+    ticket: Optional[Ticket] = None
 
 
 class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no types
@@ -38,13 +52,16 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
     Args:
         model: A `SwiftModel` or a `PeftModel` with the LoRAs loaded, or any model with a library of them.
         template: ms-swift's template of the model.
-        max_batch_size: How many requests are answered together at most; it is halved where memory does not suffice.
-        **composer_args: Arguments of `FusionComposer`: `library`, `merge_method`, `combination_type`, ...
+        max_batch_size: How many requests are answered together at most, each of the answers to one counted; it is
+            halved where memory does not suffice.
+        **composer_args: Arguments of `FusionComposer`: `library`, `merge_method`, `combination_type`, ... By default
+            `rank_by_batch` is on, for no graphs are captured: turn it off where the model is compiled.
 
     Attributes:
         composer: the composer.
         seconds_composing: the seconds that composing took since the engine was made.
         seconds_generating: the seconds that answering took besides.
+        on_batch: called with the size of each batch before it is answered, in the thread that answers.
 
     Raises:
         TypeError: See `FusionComposer`.
@@ -57,7 +74,7 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
 
     def __init__(self, model: torch.nn.Module, template: Any, *, max_batch_size: int = 16, **composer_args: Any):
         check_positive('max_batch_size', max_batch_size)
-        self.composer = FusionComposer(model, **composer_args)
+        self.composer = FusionComposer(model, **{'rank_by_batch': True, **composer_args})
         # A copy, for what generates is replaced in it; the user's stays as it is, also where it is another engine's.
         template = copy(template)
         vars(template).pop('generate', None)
@@ -65,10 +82,14 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         self.__dict__.update(get_engine(model, template, max_batch_size=max_batch_size).__dict__)
         self.template = template
         self.seconds_composing = self.seconds_generating = 0.
+        self.on_batch: Callable[[int], None] = lambda size: None
         self._waiting: List[Any] = []
+        self._batch: Sequence[ComposedRequest] = ()
         self._has_told_of_rows = False
         self._stream = Stream()
         self._generate, template.generate = template.generate, self._generate_guarded
+        if self.task_type == 'causal_lm':
+            template.set_mode(TEMPLATE_MODE)
 
     def infer(self,
               infer_requests: List[InferRequest],
@@ -130,6 +151,25 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
                     raise
             self._halve(self.max_batch_size)
 
+    def wait(self, seconds: float) -> bool:
+        """Waits until no batch is being answered, at most so many seconds, and returns whether none is."""
+        lock = self.composer.lock
+        is_idle = lock.acquire(timeout=seconds)
+        if is_idle:
+            lock.release()
+        return is_idle
+
+    def encoded(self, infer_request: InferRequest) -> EncodedRequest:
+        """Encodes a request, so that its batch need not. May be called from any thread.
+
+        Returns:
+            What `ComposedRequest` takes as the request.
+
+        Raises:
+            Exception: What the template has against it.
+        """
+        return EncodedRequest(self.template.encode(infer_request, return_template_inputs=True))
+
     async def infer_async(self,
                           infer_request: Any,
                           request_config: Any = None,
@@ -137,6 +177,9 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
                           composition: Optional[Sample] = None,
                           **kwargs: Any) -> Any:
         """Answers a request in a batch with others that wait, whatever their compositions.
+
+        A thread of the engine's computes. On few cores, load the model in a thread that ends: OpenMP slows down where
+        threads of another one, which computed before, still wait.
 
         Args:
             infer_request: The request.
@@ -164,30 +207,64 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
                 f'adapter_request is expected to be left out, found {short_repr(adapter_request)}: load the '
                 'adapter into the model or add it to the library, and name it in a composition.')
 
-    def _batch_encode(self, *args: Any, strict: bool = True, **kwargs: Any) -> Any:
+    def _batch_encode(self, infer_requests: List[Any], *args: Any, strict: bool = True, **kwargs: Any) -> Any:
+        plain = [request for request in infer_requests if not isinstance(request, EncodedRequest)]
         # Where stock leaves a request out of a batch, the others would get each other's rows.
-        return super()._batch_encode(*args, strict=True, **kwargs)
+        found = iter(super()._batch_encode(plain, *args, strict=True, **kwargs)[0] if plain else ())
+        return [
+            # What is made of it takes parts of it out.
+            dict(request.inputs) if isinstance(request, EncodedRequest) else next(found) for request in infer_requests
+        ], []
 
     def _fetch_infer_requests(self) -> Any:
-        """Returns the oldest request that waits, with others of the same settings, in the order in which they came."""
+        """Waits for a request, and returns the oldest one that waits with others of the same settings, in the order in
+        which they came."""
+        if not self._waiting:
+            self._waiting.append(self._queue.get())
+            time.sleep(_SECONDS_OF_GATHERING)
         while not self._queue.empty():
             self._waiting.append(self._queue.get())
+        self._waiting = [item for item in self._waiting if not _is_abandoned(item[0])]
         if not self._waiting:
             return None
         settings = self._waiting[0][1]
-        size = 1 if settings['request_config'].stream and not BATCHES_STREAMS else self.max_batch_size
+        config = settings['request_config']
+        size = max(1, self.max_batch_size // max(config.n, config.num_beams))
         batch: List[Any] = []
         rest: List[Any] = []
+        longest = 0
         for item in self._waiting:
-            (batch if len(batch) < size and item[1] == settings else rest).append(item)
+            length = max(longest, self._length(item[0]))
+            # Padded to the longest prompt, all have the room for tokens that this one leaves.
+            fits = not batch or length + (config.max_tokens or 0) <= (self.max_model_len or math.inf)
+            if len(batch) < size and item[1] == settings and fits:
+                batch.append(item)
+                longest = length
+            else:
+                rest.append(item)
         self._waiting = rest
-        clients = [(queue, Client(loop)) for _, _, (queue, loop) in batch]
-        return {**settings, 'infer_requests': [request for request, _, _ in batch]}, clients
+        clients = [(Mailbox(queue), Client(loop)) for _, _, (queue, loop) in batch]
+        return {**settings, 'infer_requests': [request for request, _, _ in batch], 'is_for_mailboxes': True}, clients
 
-    def _infer(self, infer_requests: List[Any], request_config: Any, **kwargs: Any) -> Any:
+    def _length(self, request: Any) -> int:
+        """Returns the tokens of a request that waits, 0 where it is not encoded yet."""
+        encoded = request.request if isinstance(request, ComposedRequest) else request
+        return int(self._get_num_tokens(encoded.inputs)) if isinstance(encoded, EncodedRequest) else 0
+
+    def _infer(self,
+               infer_requests: List[Any],
+               request_config: Any,
+               *,
+               is_for_mailboxes: bool = False,
+               **kwargs: Any) -> Any:
         """Answers one batch. What is wrong with a request takes the place of its response."""
+        self.on_batch(len(infer_requests))
+        for item in infer_requests:
+            if item.ticket is not None:
+                item.ticket.start(len(infer_requests))
         if request_config.stream:
-            return self._streamed(infer_requests, request_config, kwargs)
+            streamed = self._streamed(infer_requests, request_config, kwargs)
+            return map(_without_gaps, streamed) if is_for_mailboxes else streamed
         return self._answered(infer_requests, request_config, kwargs)
 
     def _answered(self, batch: List[ComposedRequest], request_config: Any, kwargs: Dict[str, Any]) -> List[Any]:
@@ -197,8 +274,6 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
                 return found
         except Exception as e:
             error = self._told(e, batch)
-            # It holds the tensors of the whole batch.
-            error.__traceback__ = None
         if len(batch) == 1:
             return [error]
         return [
@@ -222,7 +297,6 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         except Exception as e:
             # What stock makes of a stream without tokens says nothing.
             error = self._told(e if stream.error is None else stream.error, batch)
-            error.__traceback__ = None
         if has_begun or len(batch) == 1:
             yield [error] * len(batch)
             return
@@ -233,6 +307,9 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
             begin += len(part)
 
     def _generate_guarded(self, *args: Any, **kwargs: Any) -> Any:
+        if any(item.ticket is not None for item in self._batch):
+            criteria = UntilAbandoned([item.ticket for item in self._batch])
+            kwargs['stopping_criteria'] = StoppingCriteriaList([*kwargs.get('stopping_criteria', ()), criteria])
         if kwargs.get('streamer') is None:
             return self._generate(*args, **kwargs)
         with self._stream.guarded(kwargs['streamer']):
@@ -248,6 +325,10 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         with self.composer.fused_batch([item.composition for item in batch], seeds or None):
             composed = self._clock()
             self.seconds_composing += composed - start
+            for item in batch:
+                if item.ticket is not None:
+                    item.ticket.composed(composed - start)
+            self._batch = batch
             if seeds:
                 # Generating has random numbers of its own: some compositions draw masks, others none.
                 torch.manual_seed(derived_seed('generating', *seeds))
@@ -263,7 +344,12 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         return time.perf_counter()
 
     def _told(self, error: BaseException, batch: List[ComposedRequest]) -> BaseException:
-        """Says in the log what is done about an error of a batch, and returns it."""
+        """Says in the log what is done about an error of a batch, and returns it without what it came from."""
+        for item in batch:
+            if item.ticket is not None:
+                item.ticket.traceback = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
+        # It holds the tensors of the whole batch.
+        error.__traceback__ = None
         if len(batch) == 1:
             return error
         if is_out_of_memory(error):
@@ -285,6 +371,16 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         """Yields the parts that a batch is answered in after an error."""
         size = 1 if isinstance(error, RowsError) else -(-len(batch) // 2)
         return (batch[begin:begin + size] for begin in range(0, len(batch), size))
+
+
+def _without_gaps(chunks: List[Any]) -> List[Any]:
+    """Returns chunks of a batch for mailboxes."""
+    return [NOTHING if chunk is None else chunk for chunk in chunks]
+
+
+def _is_abandoned(request: Any) -> bool:
+    """Returns whether a request that waits need not be answered."""
+    return isinstance(request, ComposedRequest) and request.ticket is not None and request.ticket.is_abandoned
 
 
 def is_out_of_memory(error: BaseException) -> bool:

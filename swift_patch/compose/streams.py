@@ -3,6 +3,9 @@ import threading
 from contextlib import contextmanager
 from typing import Any, AsyncIterator, Iterator, Optional
 
+# What a stream of a batch says where it has nothing new to say.
+NOTHING = object()
+
 
 class Stream:
     """One batch of streams, whose tokens come from a thread of their own.
@@ -44,6 +47,21 @@ class Stream:
             self._is_abandoned = True
             if self._thread is not None:
                 self._thread.join()
+
+
+class Mailbox:
+    """The queue of one client, in which what other streams of a batch have to say leaves no gaps.
+
+    Stock puts None where a stream of a batch has nothing new, which ends it in many releases.
+    """
+
+    def __init__(self, queue: Any):
+        self._queue = queue
+
+    async def put(self, item: Any) -> None:
+        """Puts what is something."""
+        if item is not NOTHING:
+            await self._queue.put(item)
 
 
 class Client:

@@ -56,7 +56,7 @@ class Generator:
             template,
             max_batch_size=min(config.max_batch_size, len(samples)),
             library=library,
-            adapter_name=_free_name(library),
+            adapter_name=free_name(library),
             merge_method=config.merge_method,
             **config.composer_args)
         # Errors take the places of responses, so that the others of a batch are answered.
@@ -70,7 +70,7 @@ class Generator:
         if self._request_config.stream:
             # In a thread of its own: in a notebook, this one has a loop that runs.
             return [self.engine.safe_asyncio_run(self._shown(number)) for number in batch]
-        requests, compositions, seeds = zip(*map(self._request, batch))
+        requests, compositions, seeds, _ = zip(*map(self._request, batch))
         return [
             _answer(response) for response in self.engine.infer(
                 list(requests), self._request_config, use_tqdm=False, compositions=compositions, seeds=seeds)
@@ -131,7 +131,7 @@ def _answer(response: Any) -> Answer:
     return Answer(choice.message.content, choice.logprobs, response.usage.completion_tokens)
 
 
-def _free_name(library: 'AdapterLibrary') -> str:
+def free_name(library: 'AdapterLibrary') -> str:
     """Returns a name for the fused adapter that none of the library has."""
     name = 'fused'
     while name in library:

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 from copy import copy
-from models import swift_arguments
+from models import layers, swift_arguments
 from queue import Queue
 from swift.tuners import SwiftModel
 from types import SimpleNamespace
@@ -12,8 +12,10 @@ from unittest import mock
 
 from swift_patch import FusionEngine
 from swift_patch.compose.engine import ComposedRequest
+from swift_patch.compose.tickets import Ticket
 from swift_patch.inference.checkpoints import find_checkpoints
 from swift_patch.inference.engine import load_model
+from swift_patch.model import rows as rows_module
 from swift_patch.model.rows import Rows
 from swift_patch.ms_swift import (AdapterRequest, InferRequest, TransformersEngine, get_engine, get_template,
                                   prepare_model_template)
@@ -137,6 +139,66 @@ def test_as_many_compositions_as_requests_are_wanted(engine, config):
         engine.infer(REQUESTS, config, compositions=[['adapter_0']])
 
 
+# Each request has a merge method of its own.
+
+
+def of_methods(engine):
+    """A composition for each request: of the engine's method, and of every other."""
+    composition = engine.composer.composition
+    names = ['adapter_0', 'adapter_1', 'adapter_2', 'adapter_3']
+    return [
+        composition(names, [0.5, -0.7, 0.2, 0.9], 'mixture'), ['adapter_1', 'adapter_2'], None,
+        composition(names[:2], [0.4, 0.6], 'selection'),
+        composition(names[1:3], merge_method='mixture')
+    ]
+
+
+def test_requests_with_different_merge_methods_are_answered_in_one_batch_each_as_alone(engine, config):
+    compositions = of_methods(engine)
+    expected = [
+        content(engine.infer([each], config, compositions=[composition])[0])
+        for each, composition in zip(REQUESTS, compositions)
+    ]
+    assert len(set(expected)) == len(expected), 'or the test would see nothing'
+    assert list(map(content, engine.infer(REQUESTS, config, compositions=compositions))) == expected
+    found = ask(engine, *zip(REQUESTS, [config] * len(REQUESTS), compositions))
+    assert list(map(content, found)) == expected
+
+
+@pytest.mark.parametrize('count', [1, 3], ids=['alone', 'in a batch'])
+def test_a_mixture_of_many_makes_no_later_batch_slower(engine, config, caplog, count):
+
+    def read():
+        variants = [layer.lora_variant['fused'] for layer in layers(engine.model).values()]
+        return {(len(variant.A), variant.A.shape[1], variant.B.shape[2]) for variant in variants}
+
+    def parameters():
+        return [(id(parameter), parameter.data_ptr()) for parameter in engine.model.parameters()]
+
+    batch = dict(infer_requests=REQUESTS, request_config=config, compositions=COMPOSITIONS)
+    expected = list(map(content, engine.infer(**batch)))
+    before, places = parameters(), read()
+    assert places == {(len(REQUESTS), 4, 4)}
+    caplog.clear()
+    engine.infer(REQUESTS[:count], config, compositions=of_methods(engine)[:count])
+    assert read() == {(count, 16, 16)}
+    assert list(map(content, engine.infer(**batch))) == expected
+    assert read() == places and parameters() == before
+    assert 'grows' not in caplog.text
+
+
+def test_an_engine_around_a_compiled_model_may_keep_the_rank_of_all_batches(engine):
+    assert not FusionEngine(engine.model, engine.template, rank_by_batch=False).composer.rank_by_batch
+
+
+def test_layers_that_cannot_have_rows_answer_one_by_one_with_any_merge_method(engine, config):
+    compositions = [composition for composition in of_methods(engine) if composition is not None]
+    requests = REQUESTS[:len(compositions)]
+    expected = list(map(content, engine.infer(requests, config, compositions=compositions)))
+    with mock.patch.object(rows_module, 'reads_variants', lambda layer_class: False):
+        assert list(map(content, engine.infer(requests, config, compositions=compositions))) == expected
+
+
 # An error reaches the request that it belongs to, and no other.
 
 BAD = InferRequest(messages=[{'role': 'nobody', 'content': 'x'}])
@@ -222,11 +284,11 @@ def test_a_batch_for_which_memory_does_not_suffice_is_halved(engine, config, cap
 def test_rows_that_memory_does_not_suffice_for_are_halved(engine, caplog):
     made, init = [], Rows.__init__
 
-    def limited(self, target, capacity):
-        made.append(capacity)
-        if capacity > 20:
+    def limited(self, target, count, rank):
+        made.append(count)
+        if count > 20:
             raise torch.OutOfMemoryError('CUDA out of memory')
-        init(self, target, capacity)
+        init(self, target, count, rank)
 
     engine.max_batch_size = 70
     with mock.patch.object(Rows, '__init__', limited), caplog.at_level(logging.WARNING, 'swift_patch'):
@@ -298,14 +360,97 @@ def test_an_error_reaches_only_whom_it_belongs_to_and_the_next_request_works(eng
 def test_settings_that_differ_make_different_batches_and_the_oldest_request_goes_first(config):
     other = copy(config)
     other.max_tokens = 3
-    # Not an engine that answers meanwhile.
-    engine = SimpleNamespace(_queue=Queue(), _waiting=[], max_batch_size=2)
-    for number, settings in enumerate([config, other, config, config, other]):
-        engine._queue.put((number, {'request_config': settings}, (None, None)))
-    order = []
-    while (batch := FusionEngine._fetch_infer_requests(engine)) is not None:
-        order.append(batch[0]['infer_requests'])
-    assert order == [[0, 2], [1, 4], [3]]
+    assert waiting(idle(max_batch_size=2), *enumerate([config, other, config, config, other])) == [[0, 2], [1, 4], [3]]
+
+
+def waiting(engine_like, *asked):
+    """Puts requests into the queue of what has an engine's queue, and returns the batches that it fetches."""
+    for request, settings in asked:
+        engine_like._queue.put((request, {'request_config': settings}, (None, None)))
+    batches = []
+    while engine_like._waiting or not engine_like._queue.empty():
+        fetched = FusionEngine._fetch_infer_requests(engine_like)
+        batches.append(None if fetched is None else fetched[0]['infer_requests'])
+    return batches
+
+
+def idle(**changes):
+    """Returns what has an engine's queue, but not its thread, which would answer meanwhile."""
+    return SimpleNamespace(
+        **{
+            '_queue': Queue(),
+            '_waiting': [],
+            'max_batch_size': 4,
+            'max_model_len': None,
+            '_length': lambda request: 0,
+            **changes
+        })
+
+
+def test_several_answers_to_one_request_count_in_a_batch(config):
+    config.n, config.num_beams = 2, 3
+    assert waiting(idle(), *((number, config) for number in range(3))) == [[0], [1], [2]]
+    config.num_beams = 1
+    assert waiting(idle(), *((number, config) for number in range(3))) == [[0, 1], [2]]
+    config.n = 100
+    assert waiting(idle(), *((number, config) for number in range(2))) == [[0], [1]]
+
+
+def test_a_long_prompt_takes_no_room_for_tokens_from_others(config):
+    config.max_tokens = 10
+    engine = idle(max_model_len=100, _length=lambda request: request)
+    # The first alone has room for 5 tokens; with it, the others would have no more.
+    assert waiting(engine, *((length, config) for length in (95, 10, 90, 91, 20))) == [[95], [10, 90, 20], [91]]
+
+
+def test_who_went_away_while_it_waited_is_in_no_batch(config):
+    tickets = [Ticket() for _ in range(3)]
+    tickets[1].is_abandoned = True
+    asked = [ComposedRequest(REQUESTS[0], None, None, ticket) for ticket in tickets]
+    assert waiting(idle(), *((each, config) for each in asked)) == [[asked[0], asked[2]]]
+    tickets[0].is_abandoned = tickets[2].is_abandoned = True
+    assert waiting(idle(), *((each, config) for each in asked)) == [None]
+
+
+def test_requests_that_are_encoded_before_are_answered_the_same_also_among_others(engine, config):
+    expected = alone(engine, config)
+    asked = [
+        ComposedRequest(engine.encoded(each) if number % 2 else each, composition)
+        for number, (each, composition) in enumerate(zip(REQUESTS, COMPOSITIONS))
+    ]
+    for _ in range(2):
+        assert list(map(content, engine._infer(asked, config))) == expected
+    with pytest.raises(Exception, match='nobody'):
+        engine.encoded(BAD)
+
+
+def test_a_ticket_tells_how_long_each_part_took(engine, config):
+    tickets = [Ticket() for _ in REQUESTS]
+    assert not any(ticket.has_started or ticket.is_composed or ticket.batch_size for ticket in tickets)
+    engine._infer([ComposedRequest(*each, None, ticket) for *each, ticket in zip(REQUESTS, COMPOSITIONS, tickets)],
+                  config)
+    for ticket in tickets:
+        ticket.end()
+        assert ticket.has_started and ticket.is_composed and ticket.batch_size == len(REQUESTS)
+        parts = (ticket.seconds_queued, ticket.seconds_composing, ticket.seconds_generating)
+        assert all(seconds > 0 for seconds in parts) and parts == (ticket.seconds_queued, ticket.seconds_composing,
+                                                                   ticket.seconds_generating)
+
+
+@pytest.mark.parametrize('n', [1, 3])
+def test_a_row_for_which_nobody_waits_ends_and_no_other(engine, config, n):
+    config.n, config.max_tokens, config.return_details, config.temperature = n, 40, True, 1.
+    seeds = range(len(REQUESTS))
+    expected = engine.infer(REQUESTS, config, compositions=COMPOSITIONS, seeds=seeds, use_tqdm=False)
+    tickets = [Ticket() for _ in REQUESTS]
+    tickets[1].is_abandoned = tickets[3].is_abandoned = True
+    found = engine._infer([ComposedRequest(*each) for each in zip(REQUESTS, COMPOSITIONS, seeds, tickets)], config)
+    for number, (response, as_before) in enumerate(zip(found, expected)):
+        for choice, choice_before in zip(response.choices, as_before.choices):
+            if number in (1, 3):
+                assert len(choice.token_ids) == 1 < len(choice_before.token_ids)
+            else:
+                assert choice.token_ids == choice_before.token_ids
 
 
 def stripped(texts):
