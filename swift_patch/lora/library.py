@@ -2,8 +2,8 @@
 import os
 import threading
 from pathlib import Path
-from torch import Tensor
-from typing import Callable, Dict, Iterator, Mapping, Optional, TypeVar
+from torch import Tensor, device
+from typing import Callable, Dict, Iterator, Mapping, NamedTuple, Optional, TypeVar
 
 from ..errors import joined, short_repr
 from .cache import TensorCache
@@ -16,6 +16,19 @@ _T = TypeVar('_T')
 
 # How often a file is looked at anew that changes while it is read.
 _TRIES = 3
+
+
+class LibraryStats(NamedTuple):
+    """What a library has read so far, and what it keeps.
+
+    Attributes:
+        hits: how many times the tensors of an adapter were in memory when they were asked for.
+        misses: how many times they were read from its file.
+        nbytes: the bytes that are kept on each device.
+    """
+    hits: int
+    misses: int
+    nbytes: Dict[device, int]
 
 
 class AdapterLibrary:
@@ -54,6 +67,13 @@ class AdapterLibrary:
         self._stored: Dict[str, StoredAdapter] = {}
         self._files = Files()
         self._cache = TensorCache(cache_bytes)
+        self._hits = self._misses = 0
+
+    @property
+    def stats(self) -> LibraryStats:
+        """What was read so far."""
+        with self._lock:
+            return LibraryStats(self._hits, self._misses, self._cache.nbytes)
 
     @classmethod
     def from_folder(cls, folder: PathLike, *, cache_bytes: int = 2**30) -> 'AdapterLibrary':
@@ -100,6 +120,22 @@ class AdapterLibrary:
                                  f'{self._paths[name]}: remove it first.')
             self._paths[name] = located
 
+    def put(self, name: str, path: PathLike) -> None:
+        """Adds an adapter, at once in the place of one of its name if there is one.
+
+        Args:
+            name: See `add`.
+            path: See `add`.
+
+        Raises:
+            TypeError: See `add`.
+            ValueError: The name is empty.
+        """
+        located = _located(name, path)
+        with self._lock:
+            self._forget(name)
+            self._paths[name] = located
+
     def remove(self, name: str) -> None:
         """Removes an adapter, and what is remembered of it. Its files stay.
 
@@ -109,8 +145,7 @@ class AdapterLibrary:
         with self._lock:
             self._path(name)
             del self._paths[name]
-            self._stored.pop(name, None)
-            self._cache.drop_all(lambda key: key[0] == name)
+            self._forget(name)
 
     def path(self, name: str) -> Path:
         """Returns where the user said that an adapter is, from the root on.
@@ -189,7 +224,9 @@ class AdapterLibrary:
         with self._lock:
             found = self._cache.get(key, stored.signatures)
             if found is not None:
+                self._hits += 1
                 return found
+            self._misses += 1
             buffer = self._cache.buffer(reading.nbytes)
         found = self._files.read(stored, reading, buffer)
         with self._lock:
@@ -198,6 +235,10 @@ class AdapterLibrary:
             if stored.checkpoint.name in self._paths:
                 self._cache.put(key, stored.signatures, found)
         return found
+
+    def _forget(self, name: str) -> None:
+        self._stored.pop(name, None)
+        self._cache.drop_all(lambda key: key[0] == name)
 
     def _path(self, name: str) -> str:
         with self._lock:

@@ -300,6 +300,18 @@ def test_what_is_removed_is_forgotten(made: Any) -> None:
     assert not library._cache._first.entries and not library._cache._again.entries and nbytes(library) <= 1000
 
 
+def test_what_is_put_takes_the_place_of_one_of_its_name_at_once(made: Any) -> None:
+    paths, expected = made
+    library = AdapterLibrary({'l0': paths['l0']})
+    values(library, 'l0')
+    for name, wanted in (('l0', 'l1'), ('new', 'l2')):
+        library.put(name, paths[wanted])
+        assert torch.equal(values(library, name), expected[wanted])
+    with pytest.raises(ValueError, match='empty'):
+        library.put('l0', '')
+    assert torch.equal(values(library, 'l0'), expected['l1']) and list(library) == ['l0', 'new']
+
+
 def test_what_is_removed_while_it_is_read_is_not_remembered(made: Any) -> None:
     paths, expected = made
     library = AdapterLibrary({'x': paths['l1']})
