@@ -45,6 +45,45 @@ def add_model_group(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--attn_impl', help='the attention implementation: sdpa, eager, flash_attention_2, ...')
 
 
+def add_template_group(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ms-swift's dialogue template."""
+    group = parser.add_argument_group('template')
+    group.add_argument('--template', help="ms-swift's dialogue template")
+    group.add_argument('--system', help='the system prompt, or a .txt file with it')
+    group.add_argument('--max_length', type=number(int, 1), help='the largest number of tokens of a prompt')
+    group.add_argument(
+        '--truncation_strategy', choices=('delete', 'left', 'right'), help='what to do with a prompt that is longer')
+    group.add_argument('--response_prefix', help='what every response starts with')
+    add_bool(group, '--enable_thinking', help='turn the thinking mode on or off')
+
+
+def add_generation(group: argparse._ActionsContainer) -> None:
+    """Adds the options that say how a response is generated."""
+    group.add_argument('--max_new_tokens', type=number(int, 1), help='the largest number of tokens of a response')
+    group.add_argument(
+        '--temperature', type=number(float, 0), help='the sampling temperature; 0 takes the likeliest token')
+    group.add_argument(
+        '--top_k', type=number(int, -1), help='sample from the k likeliest tokens; 0 or -1 is all of them')
+    group.add_argument(
+        '--top_p', type=number(float, 0, 1), help='sample from the likeliest tokens with this probability in sum')
+    group.add_argument('--repetition_penalty', type=number(float, 0), help='the penalty for repeated tokens; 1 is none')
+    group.add_argument('--num_beams', type=number(int, 1), help='the number of beams; 1 is no beam search')
+    group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
+    add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
+    group.add_argument('--top_logprobs', type=number(int, 0), help='how many log probabilities for each position')
+    group.add_argument(
+        '--seed', type=number(int, 0, 2**32 - 1), help='seeds sampling, for each batch anew (default: 42)')
+
+
+def add_merge_method(group: argparse._ActionsContainer) -> None:
+    """Adds `--merge_method`."""
+    group.add_argument(
+        '--merge_method',
+        choices=('fusion', 'mixture', 'selection'),
+        default='fusion',
+        help='average parameters, average outputs, or take the heaviest adapter alone (default: %(default)s)')
+
+
 def add_combination(group: argparse._ActionsContainer,
                     *,
                     help: str,

@@ -6,8 +6,11 @@ from typing import List
 
 import swift_patch
 from ..patching.releases import unsupported
-from . import bench, demo, doctor, infer, upstream
+from . import bench, demo, deploy, doctor, infer, upstream
 from .launch import launched
+
+# Commands of which ms-swift reads the options that are not ours.
+_TAKING_MORE = ('infer', 'deploy')
 
 
 def run(argv: List[str]) -> int:
@@ -26,7 +29,7 @@ def run(argv: List[str]) -> int:
         allow_abbrev=False)
     parser.add_argument('--version', action='version', version=f'swift-patch {swift_patch.__version__}')
     subparsers = parser.add_subparsers(required=True, dest='command', metavar='COMMAND')
-    for command in (infer, bench, demo, doctor, upstream):
+    for command in (infer, deploy, bench, demo, doctor, upstream):
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         subparser.formatter_class = RichHelpFormatter
@@ -34,12 +37,12 @@ def run(argv: List[str]) -> int:
     try:
         argv = infer.with_config_file(argv)
         args, rest = parser.parse_known_args(argv)
-        if rest and args.command != 'infer':
-            # Not by `parse_args`, which would show the usage of `swift-patch`. `infer` has ms-swift read the rest.
+        if rest and args.command not in _TAKING_MORE:
+            # Not by `parse_args`, which would show the usage of `swift-patch`.
             subparsers.choices[args.command].error(f'unrecognized arguments: {" ".join(rest)}')
         args.rest = rest
         # Before the command imports what would fail in some way of its own.
-        reason = unsupported() if args.command in ('infer', 'bench', 'demo') else None
+        reason = unsupported() if args.command in ('infer', 'deploy', 'bench', 'demo') else None
         if reason is not None:
             raise ValueError(reason)
         code = launched(argv, args.verbose) if args.command == 'infer' else None

@@ -14,8 +14,8 @@ from ..inference.config import ANSWER_OPTIONS, InferConfig, InferSummary, Stage,
 from ..lora.paths import expanded
 from ..quiet import without_info
 from . import is_main
-from .arguments import (COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_bool, add_combination, add_model_group,
-                        given, number)
+from .arguments import (COMPOSER_OPTIONS, MODEL_OPTIONS, add_adapters, add_bool, add_combination, add_generation,
+                        add_merge_method, add_model_group, add_template_group, given, number)
 from .progress import stage
 
 _CONFIG_SUFFIXES = ('.json', '.yaml', '.yml')
@@ -65,39 +65,15 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     add_bool(group, '--verbose', default=False, help='show what ms-swift logs')
 
     group = parser.add_argument_group('composition')
-    group.add_argument(
-        '--merge_method',
-        choices=('fusion', 'mixture', 'selection'),
-        default='fusion',
-        help='average parameters, average outputs, or take the heaviest adapter alone (default: %(default)s)')
+    add_merge_method(group)
     add_combination(group, help="how fusion merges: one of PEFT's combination types (%(choices)s)")
 
     add_model_group(parser)
 
-    group = parser.add_argument_group('template')
-    group.add_argument('--template', help="ms-swift's dialogue template")
-    group.add_argument('--system', help='the system prompt, or a .txt file with it')
-    group.add_argument('--max_length', type=number(int, 1), help='the largest number of tokens of a prompt')
-    group.add_argument(
-        '--truncation_strategy', choices=('delete', 'left', 'right'), help='what to do with a prompt that is longer')
-    group.add_argument('--response_prefix', help='what every response starts with')
-    add_bool(group, '--enable_thinking', help='turn the thinking mode on or off')
+    add_template_group(parser)
 
     group = parser.add_argument_group('generation')
-    group.add_argument('--max_new_tokens', type=number(int, 1), help='the largest number of tokens of a response')
-    group.add_argument(
-        '--temperature', type=number(float, 0), help='the sampling temperature; 0 takes the likeliest token')
-    group.add_argument(
-        '--top_k', type=number(int, -1), help='sample from the k likeliest tokens; 0 or -1 is all of them')
-    group.add_argument(
-        '--top_p', type=number(float, 0, 1), help='sample from the likeliest tokens with this probability in sum')
-    group.add_argument('--repetition_penalty', type=number(float, 0), help='the penalty for repeated tokens; 1 is none')
-    group.add_argument('--num_beams', type=number(int, 1), help='the number of beams; 1 is no beam search')
-    group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
-    add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
-    group.add_argument('--top_logprobs', type=number(int, 0), help='how many log probabilities for each position')
-    group.add_argument(
-        '--seed', type=number(int, 0, 2**32 - 1), help='seeds sampling, for each batch anew (default: 42)')
+    add_generation(group)
     add_bool(group, '--stream', help='show each response on the terminal as it is generated, one sample after another')
     group.add_argument(
         '--max_batch_size',
@@ -109,11 +85,13 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
 def with_config_file(argv: List[str]) -> List[str]:
     """Returns a command line with the arguments that a JSON or YAML file has, as `swift infer FILE` takes it.
 
+    `deploy` takes one, too.
+
     Raises:
         ValueError: The file cannot be read, or the installed ms-swift reads none.
     """
     command, *arguments = argv or ['']
-    if command != 'infer' or not arguments or not arguments[0].endswith(_CONFIG_SUFFIXES):
+    if command not in ('infer', 'deploy') or not arguments or not arguments[0].endswith(_CONFIG_SUFFIXES):
         return argv
     with _shown()('Reading the options'):
         from swift.cli import main

@@ -2,7 +2,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 from ..errors import reason_of, short_repr
 from ..lora.checkpoint import ARGS_NAME, AdapterCheckpoint, read_object
@@ -29,8 +29,9 @@ def swift_arguments(swift_args: Mapping[str, Any],
                     checkpoints: Sequence[AdapterCheckpoint],
                     *,
                     val_dataset: Sequence[str] = (),
-                    result_path: str = os.devnull,
-                    max_batch_size: int = 1) -> 'InferArguments':
+                    result_path: Optional[str] = os.devnull,
+                    max_batch_size: int = 1,
+                    arguments_class: 'Optional[Type[InferArguments]]' = None) -> 'InferArguments':
     """Builds ms-swift's arguments, with which models are loaded and asked.
 
     As in `swift infer`, what users do not give comes from the args.json of the first adapter that has one, unless they
@@ -42,6 +43,7 @@ def swift_arguments(swift_args: Mapping[str, Any],
         val_dataset: The dataset of an inference. Without one, there is nothing that several processes could share.
         result_path: Where its results go.
         max_batch_size: How many samples are answered together at most.
+        arguments_class: The class of the arguments, by default `InferArguments`.
 
     Returns:
         The arguments. Where this is one process of several, ms-swift has made them a group.
@@ -71,7 +73,7 @@ def swift_arguments(swift_args: Mapping[str, Any],
     try:
         # It registers the user's own, and refuses those that another run of this process has registered.
         with registering_datasets():
-            return InferArguments(
+            return (arguments_class or InferArguments)(
                 **{
                     # ms-swift would print each token as it comes where there is no dataset.
                     'stream': False,

@@ -33,11 +33,15 @@ def reason_in(table: Mapping[str, str], name: str) -> Optional[str]:
     return next((reason for pattern, reason in table.items() if re.fullmatch(pattern, name)), None)
 
 
-def parse_swift_options(arguments: Sequence[str]) -> Dict[str, Any]:
-    """Reads options of `swift infer` as it does.
+def parse_swift_options(arguments: Sequence[str],
+                        command: str = 'infer',
+                        arguments_class: Optional[type] = None) -> Dict[str, Any]:
+    """Reads options of `swift infer` as it does, or those of another command.
 
     Args:
-        arguments: The part of a command line that `swift-patch infer` has no words of its own for.
+        arguments: The part of a command line that `swift-patch` has no words of its own for.
+        command: The command.
+        arguments_class: ms-swift's class of its options, by default that of `swift infer`.
 
     Returns:
         The values of those that are given, by name.
@@ -49,9 +53,10 @@ def parse_swift_options(arguments: Sequence[str]) -> Dict[str, Any]:
     from transformers import HfArgumentParser
 
     from ..ms_swift import InferArguments
-    parser = HfArgumentParser(InferArguments, prog='swift-patch infer', usage='%(prog)s [options]', add_help=False)
+    kind: Any = arguments_class or InferArguments
+    parser = HfArgumentParser(kind, prog=f'swift-patch {command}', usage='%(prog)s [options]', add_help=False)
     parser.allow_abbrev = False
-    defaults = {field.name: parser.get_default(field.name) for field in fields(InferArguments)}
+    defaults = {field.name: parser.get_default(field.name) for field in fields(kind)}
     for action in parser._actions:
         # So that what is not given is told from what is given as its default.
         action.default = argparse.SUPPRESS

@@ -48,8 +48,8 @@ def run(arguments: List[str]) -> Tuple[int, str]:
 @given(arguments=st.lists(VALUES | st.sampled_from(OPTIONS), max_size=5))
 def test_any_arguments_are_refused_without_a_traceback(arguments: List[str]) -> None:
     # Beside what is right but for the files, which do not exist; and what comes last is in force.
-    for command, last in ((REQUIRED, []), (['infer'], []), (['bench'], ['--samples', '0']),
-                          (['demo'], ['--samples', '0']), (['nothing'], []), ([], [])):
+    for command, last in ((REQUIRED, []), (['infer'], []), (['deploy', '--adapters', 'a=none'], []), (['deploy'], []),
+                          (['bench'], ['--samples', '0']), (['demo'], ['--samples', '0']), (['nothing'], []), ([], [])):
         code, told = run([*command, *arguments, *last])
         assert code == 2
         assert 'error: ' in told and 'Traceback' not in told

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server in which every request brings its own fusion: `swift-patch deploy`."""
