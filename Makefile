@@ -75,7 +75,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt swift_patch/__init__.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dist,lint,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser,dist,lint,test,ui]'
 	touch $@
 
 clean:
