@@ -92,10 +92,10 @@ DEFECTS = [
     Defect(
         'a `fused` block does not hold the lock', 'compose/composer.py', """\
         with self._model_lock.lock:
-            self._compose(compositions, seeds)
+            self._compose(compositions, seeds, rank_by_batch)
             before""", """\
         if True:
-            self._compose(compositions, seeds)
+            self._compose(compositions, seeds, rank_by_batch)
             before""", ('compose/test_composer.py', 'another_threads_compose_waits')),
     Defect('composers of one model have a lock each', 'compose/locks.py', '_locks.setdefault(model, ModelLock())',
            'ModelLock()', ('compose/test_composer.py', 'another_threads_compose_waits')),
@@ -166,6 +166,23 @@ DEFECTS = [
            ('model/test_faults.py', 'from_files and mixture and True')),
     Defect('revert leaves what was replaced', 'patching/apply.py', 'setattr(owner, attribute, original)', 'pass',
            ('patching/test_apply.py', 'puts_back_the_very_objects')),
+    Defect('who went away while it waited is answered', 'compose/engine.py',
+           'self._waiting = [item for item in self._waiting if not _is_abandoned(item[0])]', 'pass',
+           ('compose/test_engine.py', 'who_went_away')),
+    Defect('a long prompt takes the room for tokens from others', 'compose/engine.py', 'fits = not batch or',
+           'fits = True or', ('compose/test_engine.py', 'takes_no_room')),
+    Defect('a row ends for which somebody waits', 'compose/tickets.py',
+           'found.repeat_interleave(len(input_ids) // len(ended))', 'found.repeat(len(input_ids) // len(ended))',
+           ('compose/test_engine.py', 'nobody_waits_ends')),
+    Defect('scales of outputs are taken for weights of parameters', 'serve/mixture.py', "merge_method or 'mixture'",
+           'merge_method', ('serve/test_mixture.py', 'means_one_thing')),
+    Defect('a client is told what went wrong inside the server', 'serve/app.py',
+           "f'The server failed; its log says why at {number}.'", "f'{error} {number}'",
+           ('serve/test_app.py', 'told_by_a_number')),
+    Defect('the key is not looked at', 'serve/guards.py', 'self._check(Request(scope))', 'False',
+           ('serve/test_app.py', 'without_the_key')),
+    Defect('a link leads out of the folders', 'serve/runtime.py', 'path = Path(text).resolve()',
+           'path = Path(text).absolute()', ('serve/test_runtime.py', 'leads_out')),
 ]
 
 
