@@ -71,8 +71,6 @@ def add_generation(group: argparse._ActionsContainer) -> None:
     group.add_argument('--stop_words', nargs='+', help='texts that end a response, besides the end of a turn')
     add_bool(group, '--logprobs', help='write the log probabilities of the tokens')
     group.add_argument('--top_logprobs', type=number(int, 0), help='how many log probabilities for each position')
-    group.add_argument(
-        '--seed', type=number(int, 0, 2**32 - 1), help='seeds sampling, for each batch anew (default: 42)')
 
 
 def add_merge_method(group: argparse._ActionsContainer) -> None:
@@ -112,7 +110,8 @@ def add_bool(group: argparse._ActionsContainer, name: str, *, help: str, default
 
 def given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
     """Returns those of the options that were given, by name."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    found = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def file_path(text: str) -> Path:

@@ -74,6 +74,8 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
     group = parser.add_argument_group('generation')
     add_generation(group)
+    group.add_argument(
+        '--seed', type=number(int, 0, 2**32 - 1), help='seeds sampling, for each batch anew (default: 42)')
     add_bool(group, '--stream', help='show each response on the terminal as it is generated, one sample after another')
     group.add_argument(
         '--max_batch_size',
