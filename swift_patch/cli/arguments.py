@@ -77,7 +77,7 @@ def add_merge_method(group: argparse._ActionsContainer) -> None:
     """Adds `--merge_method`."""
     group.add_argument(
         '--merge_method',
-        choices=('fusion', 'mixture', 'selection'),
+        choices=tuple(combination.MERGE_METHODS),
         default='fusion',
         help='average parameters, average outputs, or take the heaviest adapter alone (default: %(default)s)')
 

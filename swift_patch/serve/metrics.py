@@ -21,7 +21,7 @@ class Metrics:
 
     Attributes:
         registry: What `/metrics` shows.
-        requests: Requests by outcome: a status of HTTP, or `gone` where the client went away.
+        requests: Requests by outcome: a status of HTTP, 499 where the client went away.
         batch_sizes: How many requests were answered together.
     """
 

@@ -13,6 +13,7 @@ from typing import (TYPE_CHECKING, Any, AsyncGenerator, AsyncIterator, Awaitable
                     Optional, Sequence, Tuple)
 from urllib.parse import urlsplit
 
+from ..lora.combination import MERGE_METHODS
 from .config import LOOPBACK
 from .snippets import as_curl, as_python
 
@@ -28,7 +29,6 @@ PATH = '/ui'
 COLUMNS = 4
 # Of a column: a slider for each of its LoRAs, made beforehand.
 MAX_ADAPTERS = 8
-MERGE_METHODS = ('fusion', 'mixture', 'selection')
 # As many as the server lists at a time.
 _PAGE_OF_NAMES = 1000
 _SECONDS_BETWEEN_UPDATES = 0.1

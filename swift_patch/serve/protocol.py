@@ -94,9 +94,7 @@ class ChatRequest(FusionMixin, ChatCompletionRequest):  # type: ignore[misc]  # 
                 kind = item.get('type')
                 if kind != 'text':
                     _check_media(item.get(kind) if isinstance(kind, str) else None)
-        for values in (self.images, self.audios, self.videos):
-            for value in [values] if isinstance(values, str) else values:
-                _check_media(value)
+        _check_media_of(self)
         try:
             super().__post_init__()
         except (AttributeError, IndexError, KeyError, TypeError) as e:
@@ -124,10 +122,14 @@ class TextRequest(FusionMixin, CompletionRequest):  # type: ignore[misc]  # ms-s
         if self.logprobs is not None and not isinstance(self.logprobs, bool):
             self.top_logprobs = self.logprobs
         self.logprobs = bool(self.logprobs)
-        for values in (self.images, self.audios, self.videos):
-            for value in [values] if isinstance(values, str) else values:
-                _check_media(value)
+        _check_media_of(self)
         super().__post_init__()
+
+
+def _check_media_of(request: Any) -> None:
+    """Raises ValueError where an image, a sound or a video beside the messages of a request is no URL."""
+    for values in (request.images, request.audios, request.videos):
+        _check_media(values)
 
 
 def _check_media(value: Any) -> None:
