@@ -1,4 +1,4 @@
-"""The picture of the page in the README: `PYTHONPATH=tests/serve python docs/page.py docs/page.png`.
+"""The picture of the page in the README: `PYTHONPATH=tests/serve:benchmarks python docs/page.py docs/page.png`.
 
 Of a real server, with the model and three of the LoRAs of `swift-patch demo`, in the browser that the tests use.
 """
@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault('LOG_LEVEL', 'ERROR')
 
-from browser import Page, deployed, open_browser  # noqa: E402
+from browser import Page, open_browser  # noqa: E402
+from server import serving  # noqa: E402
 
 from swift_patch.demo.tasks import build_tasks, write_jsonl  # noqa: E402
 from swift_patch.demo.training import pretrain_base, train_adapter  # noqa: E402
@@ -24,14 +25,13 @@ def main(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder, open_browser() as driver:
         model_dir = build_tiny_qwen2(Path(folder, 'tiny-qwen2'))
         pretrain_base(model_dir, [sample for name in NAMES for sample in tasks[name].pretrain])
-        adapters = []
+        adapters = {}
         for name in NAMES:
             dataset = write_jsonl(tasks[name].train, Path(folder, f'{name}.jsonl'))
-            adapters.append(f'{name}={train_adapter(model_dir, dataset, Path(folder, name))}')
-        with deployed('--model', str(model_dir), '--model_type', MODEL_TYPE, '--template', TEMPLATE, '--adapters',
-                      *adapters) as url:
+            adapters[name] = str(train_adapter(model_dir, dataset, Path(folder, name)))
+        with serving(str(model_dir), adapters, '--model_type', MODEL_TYPE, '--template', TEMPLATE, '--ui') as server:
             driver.set_window_size(1280, 1360)
-            page = Page(driver, url)
+            page = Page(driver, server.url)
             page.wait_until_loaded()
             page.show_settings()
             page.show_columns(3)

@@ -4,11 +4,8 @@ import contextlib
 import json
 import os
 import pytest
-import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from typing import Any, Iterator, List, Tuple
 
@@ -64,21 +61,6 @@ def serving(build: Any) -> Iterator[Tuple[Any, str]]:
         finally:
             server.should_exit = True
             thread.join()
-
-
-@contextlib.contextmanager
-def deployed(*arguments: str) -> Iterator[str]:
-    """Runs `swift-patch deploy` with a page; yields its address."""
-    command = [sys.executable, '-u', '-m', 'swift_patch.cli', 'deploy', '--ui', *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            # What else is printed is none of its.
-            found = (re.match(r'Serving .* at (http\S+)$', line.strip()) for line in process.stdout)
-            yield next(match[1] for match in found if match)
-        finally:
-            # Nobody else reads it, and it may be full.
-            process.stdout.close()
-            process.terminate()
 
 
 class Page:

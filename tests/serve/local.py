@@ -3,7 +3,7 @@ import httpx
 import threading
 import uvicorn
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
 from swift_patch.serve.config import DeployConfig, Limits
 from swift_patch.serve.run import make_server
@@ -78,8 +78,7 @@ class Local:
 
     def counted(self, name: str) -> float:
         """Returns a number of `/metrics`, 0 where it is not there yet."""
-        lines = dict(line.rsplit(' ', 1) for line in self.http.get('/metrics').text.splitlines() if line[:1] != '#')
-        return float(lines.get(name, 0))
+        return number_in(self.http.get('/metrics').text, name)
 
 
 @contextmanager
@@ -88,3 +87,18 @@ def local(config: DeployConfig) -> Iterator[Local]:
     deploy = make_server(config)
     with serving(deploy.app) as url:
         yield Local(deploy, url)
+
+
+def number_in(metrics: str, name: str) -> float:
+    """Returns a number of what `/metrics` shows, 0 where it is not there yet."""
+    lines = dict(line.rsplit(' ', 1) for line in metrics.splitlines() if line[:1] != '#')
+    return float(lines.get(name, 0))
+
+
+def until(is_so: Callable[[], Any]) -> None:
+    """Waits until something is so, as long as a test may take."""
+    for _ in range(10_000):
+        if is_so():
+            return
+        threading.Event().wait(.005)
+    raise AssertionError('It never came.')

@@ -7,7 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from local import BASE, HELLO, config_of, local
+from local import BASE, HELLO, config_of, local, until
 from types import SimpleNamespace
 from unittest import mock
 
@@ -44,15 +44,6 @@ def busy(server):
         finally:
             go_on.set()
             first.result()
-
-
-def until(is_so):
-    """Waits until something is so, as long as a test may take."""
-    for _ in range(10_000):
-        if is_so():
-            return
-        threading.Event().wait(.005)
-    raise AssertionError('It never came.')
 
 
 def together(server, asked, method='answer', **more):

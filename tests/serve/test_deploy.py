@@ -5,11 +5,10 @@ import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from local import HELLO, number_in, until
 from serving import OPTIONS, serving_written
 
 from swift_patch import cli
-
-HELLO = [{'role': 'user', 'content': 'hello'}]
 
 
 def ask(url, **body):
@@ -18,16 +17,8 @@ def ask(url, **body):
 
 def running(url):
     """Returns how many requests the server has, those that wait and those that are answered."""
-    lines = httpx.get(f'{url}/metrics').text.splitlines()
-    return sum(float(line.split()[1]) for line in lines if line.startswith('swift_patch_requests_') and ' ' in line
-               and line.split()[0] in ('swift_patch_requests_waiting', 'swift_patch_requests_running'))  # yapf: disable
-
-
-def until(is_so):
-    for _ in range(10_000):
-        if is_so():
-            return
-    raise AssertionError('It never came.')
+    metrics = httpx.get(f'{url}/metrics').text
+    return sum(number_in(metrics, f'swift_patch_requests_{name}') for name in ('waiting', 'running'))
 
 
 def test_told_to_end_it_answers_what_it_has_and_takes_no_more(written):

@@ -1,6 +1,8 @@
 """The page of `swift-patch deploy --ui`, in a browser, with a real model behind it."""
 import pytest
-from browser import Page, deployed, open_browser
+from browser import Page, open_browser
+from contextlib import contextmanager
+from server import serving
 
 from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 
@@ -15,20 +17,19 @@ def driver():
         yield driver
 
 
-@pytest.fixture(scope='module')
-def arguments(written):
-    """The arguments of `swift-patch deploy` that the tests have in common."""
+@contextmanager
+def serving_page(written, *options):
+    """Serves three LoRAs, with a page; yields the address. It ends well with the page open, or this raises."""
     model_dir, paths = written
-    adapters = [f'{name}={paths["swift"][name]}' for name in ('l0', 'l1', 'l2')]
-    return [
-        '--model', model_dir, '--model_type', MODEL_TYPE, '--template', TEMPLATE, '--adapters', *adapters,
-        '--max_sources', '2'
-    ]
+    adapters = {name: paths['swift'][name] for name in ('l0', 'l1', 'l2')}
+    with serving(model_dir, adapters, '--model_type', MODEL_TYPE, '--template', TEMPLATE, '--max_sources', '2', '--ui',
+                 *options) as server:
+        yield server.url
 
 
 @pytest.fixture(scope='module')
-def url(arguments, driver):
-    with deployed(*arguments) as url:
+def url(written, driver):
+    with serving_page(written) as url:
         yield url
 
 
@@ -73,9 +74,9 @@ def test_an_error_of_the_server_is_shown_in_its_column_alone(driver, url):
     assert page.told('B') == 'At most 2 adapters are expected in one request, found 3.'
 
 
-def test_with_a_key_the_page_asks_for_it_and_the_server_for_all_else(driver, arguments):
+def test_with_a_key_the_page_asks_for_it_and_the_server_for_all_else(driver, written):
     import openai
-    with deployed(*arguments, '--api_key', 's3cret') as url:
+    with serving_page(written, '--api_key', 's3cret') as url:
         page = Page(driver, url)
         page.log_in('s3cret')
         page.wait_until_loaded()
