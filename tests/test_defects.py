@@ -181,6 +181,10 @@ DEFECTS = [
            ('serve/test_app.py', 'told_by_a_number')),
     Defect('the key is not looked at', 'serve/guards.py', 'self._check(Request(scope))', 'False',
            ('serve/test_app.py', 'without_the_key')),
+    Defect('the masks of a mixture differ from worker to worker', 'model/merged.py',
+           'torch.default_generator.manual_seed(own)', 'pass', ('model/test_merged.py', 'random_masks')),
+    Defect('a mixture is taken whose files are no tensors', 'model/merged.py', 'Sources(adapters).check(name)', 'pass',
+           ('model/test_merged.py', 'without_values')),
     Defect('a link leads out of the folders', 'serve/runtime.py', 'path = Path(text).resolve()',
            'path = Path(text).absolute()', ('serve/test_runtime.py', 'leads_out')),
 ]

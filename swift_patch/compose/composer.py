@@ -15,8 +15,10 @@ from ..lora.library import AdapterLibrary
 from ..lora.numbers import check_positive, checked_seeds
 from ..lora.paths import PathLike
 from ..model.adapters import Adapters
+from ..model.arrangement import FlatFactors
 from ..model.checks import check_new_name
 from ..model.layers import is_active_alone, parameters_of
+from ..model.merged import merged
 from ..model.refill import add, make_room, refill, refill_rows
 from ..model.sources import Sources
 from ..model.tuner import tuner_around, tuner_of
@@ -262,15 +264,49 @@ class FusionComposer:
             sources = Sources(found)
             if names is None:
                 names = every_source(sources)
-            for name in sources.of_model(names):
-                sources.check(name)
-            combination = COMBINATION_TYPES[self._options.combination_type]
-            rank = combination.largest_rank([sources.rank(name) for name in names], max_sources, self._options.svd_rank)
+            rank = self._largest_rank(sources, names, max_sources)
             if self.adapter_name not in found.configs:
                 found = self._added(found, names[0], undo)
             found.record(self.adapter_name)
             make_room(found, self.adapter_name, rank, sources, names, max_rows or 0)
             undo.commit()
+
+    def largest_rank(self, adapters: Optional[Sequence[str]] = None, max_sources: Optional[int] = None) -> int:
+        """Returns the largest rank that a fusion of any of `adapters` has, by their configs.
+
+        Args:
+            adapters: See `reserve`.
+            max_sources: See `reserve`.
+
+        Raises:
+            TypeError: See `reserve`.
+            ValueError: An adapter does not exist or does not fit the model, or there is none.
+        """
+        names = None if adapters is None else check_names(adapters)
+        with self._model_lock.lock:
+            sources = Sources(self._look())
+            return self._largest_rank(sources, every_source(sources) if names is None else names, max_sources)
+
+    def merged(self, composition: Composition, seed: Optional[int] = None, with_values: bool = True) -> FlatFactors:
+        """Returns what a new adapter would hold, for who keeps adapters elsewhere. The model stays as it is.
+
+        The model may be on the meta device, where the library has the values.
+
+        Args:
+            composition: What `composition` returned.
+            seed: What random masks of values on the CPU come from; by default torch's random numbers go on.
+            with_values: Whether values are read and merged. Everything else is checked all the same.
+
+        Returns:
+            A and B of each layer in flat memory, and the scaling that goes with them.
+
+        Raises:
+            ValueError: The sources cannot be merged this way.
+        """
+        with self._model_lock.lock:
+            adapters = self._look()
+            [composition] = exact([composition], Sources(adapters))
+            return merged(adapters, composition, seed, with_values)
 
     def check(self, adapters: Optional[Sequence[str]] = None) -> None:
         """Checks that adapters can be composed, by configs and headers of files: values are not read.
@@ -307,6 +343,12 @@ class FusionComposer:
         """
         with self._model_lock.lock:
             Sources(Adapters.of(self._tuner, AdapterLibrary({name: path}))).check(name)
+
+    def _largest_rank(self, sources: Sources, names: Sequence[str], max_sources: Optional[int]) -> int:
+        for name in sources.of_model(names):
+            sources.check(name)
+        combination = COMBINATION_TYPES[self._options.combination_type]
+        return combination.largest_rank([sources.rank(name) for name in names], max_sources, self._options.svd_rank)
 
     def _look(self) -> Adapters:
         """Returns the adapters as they are now."""

@@ -118,3 +118,13 @@ class FlatFactors:
         """Returns the factors of one layer."""
         return Factors(*(self.memory[kind][first:first + shape.numel()].view(shape)
                          for kind, first, shape in (side[place] for side in self.layout.sides)))
+
+    def every(self) -> List[Factors]:
+        """Returns the factors of all layers: what `factors` returns of each, in less time."""
+        sides = self.layout.sides
+        sizes: Dict[Kind, List[int]] = {kind: [] for kind in self.memory}
+        for kind, _, shape in (*sides[0], *sides[1]):
+            sizes[kind].append(shape.numel())
+        pieces = {kind: iter(memory.split(sizes[kind])) for kind, memory in self.memory.items()}
+        A, B = ([next(pieces[kind]).view(shape) for kind, _, shape in side] for side in sides)
+        return list(map(Factors, A, B))

@@ -46,8 +46,9 @@ def plain_tensors(adapters: Adapters) -> Iterator[None]:
     if layers:
         of_model = {device_of(adapters.view, name) for name, _ in layers}
     else:
-        # Once, for then it has some.
-        of_model = {parameter.device for parameter in adapters.model.parameters()}
+        # Not by `parameters`, which takes longer than a merge.
+        of_modules = (module._parameters.values() for module in adapters.view.modules)
+        of_model = {parameter.device for parameter in chain.from_iterable(of_modules) if parameter is not None}
     devices = {'cpu', *(device.type for device in of_model if device is not None)} - {'meta'}
     with ExitStack() as stack:
         for device in devices:
