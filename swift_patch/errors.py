@@ -1,7 +1,7 @@
 """Errors of this package, and how their messages show what was found."""
 import reprlib
 from contextlib import contextmanager
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 
 class RowsError(ValueError):
@@ -40,6 +40,13 @@ def printable(value: Any) -> str:
 def reason_of(error: BaseException, length: int = 1000) -> str:
     """Returns the kind and the text of a library's error on one line, the text no longer than `length`."""
     return f'{type(error).__name__}: {" ".join(str(error).split()):.{length}}'
+
+
+def without_paths(message: str, paths: Iterable[str]) -> str:
+    """Returns what a client is told: a message without where things are on the server."""
+    for path in paths:
+        message = message.replace(f' ({path})', '').replace(path, '...')
+    return message
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import logging
+import os
 from typing import Callable, Iterator
 
 
@@ -43,7 +44,9 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_info() -> Iterator[None]:
-    """Keeps from the terminal what ms-swift logs below a warning, and what it warns of once more."""
+    """Keeps from the terminal what ms-swift and vLLM log below a warning, and what ms-swift warns of once more."""
+    # vLLM reads it when it is imported, in each of its processes.
+    os.environ.setdefault('VLLM_LOGGING_LEVEL', 'WARNING')
     warned = set()
 
     def keep_new_warnings(record: logging.LogRecord) -> bool:

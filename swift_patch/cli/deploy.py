@@ -24,7 +24,8 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         description='Answer every request with its own composition of LoRAs, by the API of OpenAI: its `model` is '
         'a LoRA, or a=0.6,b=0.4, or its fields are `adapters` and `weights`. Requests that wait are answered together.',
         epilog='Every other option of swift deploy is taken too (--ssl_certfile, --log_level, --max_logprobs, '
-        '--result_path, ...), except where its backend or its task is another one: see docs/serve.md.')
+        '--result_path, --infer_backend vllm and its --vllm_..., ...), except where its task is another one: see '
+        'docs/serve.md.')
     parser.set_defaults(run=run, rest=[])
 
     group = parser.add_argument_group('server')

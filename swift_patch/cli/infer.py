@@ -31,8 +31,8 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         '{"messages": [...], "adapters": ["a", "b"], "weights": [0.6, 0.4]}, with weights 1/k where none are given. '
         'Options that are not given have the values that swift infer would give them.',
         epilog='Every other option of swift infer is taken too (--val_dataset_sample, --columns, --max_model_len, '
-        '--quant_bits, --external_plugins, --load_args, ...), except where its backend or its task is another one: see '
-        'the README. As there, NPROC_PER_NODE=2 swift-patch infer ... starts two processes.')
+        '--quant_bits, --external_plugins, --load_args, --infer_backend vllm, --vllm_..., ...), except where its '
+        'task is another one: see the README. As there, NPROC_PER_NODE=2 swift-patch infer ... starts two processes.')
     parser.set_defaults(run=run, rest=[])
 
     group = parser.add_argument_group('input and output')

@@ -1,49 +1,33 @@
 """ms-swift's own engine, in which every request of a batch has its own composition of adapters."""
 import logging
 import math
+import secrets
 import time
 import torch
 import traceback
+from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
-from itertools import repeat
 from transformers import StoppingCriteriaList
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Coroutine, Dict, Iterable, Iterator, List, Optional, Sequence, TypeVar
 
 from ..errors import RowsError, short_repr
-from ..lora.numbers import check_positive, checked_seeds, derived_seed
+from ..lora.numbers import check_positive, derived_seed
 from ..ms_swift import TEMPLATE_MODE, InferRequest, TransformersEngine, get_engine
 from .composer import FusionComposer, Sample
+from .requests import ComposedInference, ComposedRequest, EncodedRequest
 from .streams import NOTHING, Client, Mailbox, Stream, checked
-from .tickets import Ticket, UntilAbandoned
+from .tickets import UntilAbandoned
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar('_T')
 
 # How long an engine that had nothing to do waits for more requests after one came: those of one moment make one batch.
 _SECONDS_OF_GATHERING = 0.004
 
 
-class EncodedRequest(NamedTuple):
-    """A request as the model gets it, which `FusionEngine.encoded` returns."""
-    inputs: Dict[str, Any]
-
-
-class ComposedRequest(NamedTuple):
-    """A request, and what answers it.
-
-    Attributes:
-        request: the request.
-        composition: what `FusionComposer.compose_batch` takes for a sample, None for the base model.
-        seed: what random numbers come from, None to go on with those that there are.
-        ticket: what becomes of it is noted there.
-    """
-    request: Union[InferRequest, EncodedRequest]
-    composition: Optional[Sample]
-    seed: Optional[int] = None
-    ticket: Optional[Ticket] = None
-
-
-class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no types
+class FusionEngine(ComposedInference, TransformersEngine):  # type: ignore[misc]  # ms-swift has no types
     """ms-swift's engine around one model with LoRAs, in which each request of a batch has its own fusion of them.
 
     Requests with different compositions, with a single adapter and with none at all are answered in one batch. What
@@ -62,6 +46,7 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         seconds_composing: the seconds that composing took since the engine was made.
         seconds_generating: the seconds that answering took besides.
         on_batch: called with the size of each batch before it is answered, in the thread that answers.
+        merges_here: True: adapters are read and merged in this process.
 
     Raises:
         TypeError: See `FusionComposer`.
@@ -71,6 +56,8 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         >>> engine = FusionEngine(model, template)
         >>> engine.infer(requests, RequestConfig(max_tokens=64), compositions=[['sql', 'math'], {'legal': 1.0}, None])
     """
+
+    merges_here = True
 
     def __init__(self, model: torch.nn.Module, template: Any, *, max_batch_size: int = 16, **composer_args: Any):
         check_positive('max_batch_size', max_batch_size)
@@ -90,44 +77,6 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
         self._generate, template.generate = template.generate, self._generate_guarded
         if self.task_type == 'causal_lm':
             template.set_mode(TEMPLATE_MODE)
-
-    def infer(self,
-              infer_requests: List[InferRequest],
-              request_config: Any = None,
-              metrics: Any = None,
-              *,
-              compositions: Optional[Sequence[Optional[Sample]]] = None,
-              seeds: Optional[Sequence[int]] = None,
-              **kwargs: Any) -> List[Any]:
-        """Answers requests, each by its own composition of adapters.
-
-        Args:
-            infer_requests: The requests.
-            request_config: How to generate.
-            metrics: See ms-swift.
-            compositions: For each request what `FusionComposer.compose` takes, None for the base model. By default the
-                base model answers all.
-            seeds: For each request a seed, so that the random numbers of a batch come from those of its requests alone.
-            **kwargs: See ms-swift.
-
-        Returns:
-            A response for each request; an iterator of chunks for each where `request_config` asks for a stream.
-
-        Raises:
-            ValueError: There are not as many compositions as requests, or one of them is wrong.
-        """
-        count = len(infer_requests)
-        compositions = [None for _ in range(count)] if compositions is None else list(compositions)
-        if len(compositions) != count:
-            raise ValueError(f'compositions is expected to have one for each of {count} requests, found '
-                             f'{len(compositions)}.')
-        every_seed = checked_seeds(seeds, count) or repeat(None)
-        wrapped = [ComposedRequest(*each) for each in zip(infer_requests, compositions, every_seed)]
-        found: List[Any] = super().infer(wrapped, request_config, metrics, **kwargs)
-        for response in found:
-            if isinstance(response, Exception) and getattr(self, 'strict', True):
-                raise response
-        return found
 
     def reserve(self, adapters: Optional[Sequence[str]] = None, max_sources: Optional[int] = None) -> None:
         """Makes room for any batch of `max_batch_size` requests, which is halved where memory does not suffice.
@@ -151,13 +100,29 @@ class FusionEngine(TransformersEngine):  # type: ignore[misc]  # ms-swift has no
                     raise
             self._halve(self.max_batch_size)
 
-    def wait(self, seconds: float) -> bool:
-        """Waits until no batch is being answered, at most so many seconds, and returns whether none is."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can answer: the thread that answers has not ended."""
+        return self._task_thread is None or self._task_thread.is_alive()
+
+    def fresh_seed(self) -> int:
+        """Returns the seed of a request that brings none: those of a batch are seeded all, or none."""
+        return secrets.randbits(63)
+
+    def submit(self, coroutine: 'Coroutine[Any, Any, _T]') -> 'Future[_T]':
+        """Runs a coroutine that asks the engine to its end, also where this thread has a loop that runs."""
+        future: 'Future[_T]' = Future()
+        try:
+            future.set_result(self.safe_asyncio_run(coroutine))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+    def close(self, seconds: float) -> None:
+        """Waits until no batch is being answered, at most so many seconds."""
         lock = self.composer.lock
-        is_idle = lock.acquire(timeout=seconds)
-        if is_idle:
+        if lock.acquire(timeout=seconds):
             lock.release()
-        return is_idle
 
     def encoded(self, infer_request: InferRequest) -> EncodedRequest:
         """Encodes a request, so that its batch need not. May be called from any thread.

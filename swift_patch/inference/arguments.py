@@ -62,6 +62,10 @@ def swift_arguments(swift_args: Mapping[str, Any],
                          'torchrun: leave out --stream, or start it by itself.')
     given = {key: _expanded(key, value) for key, value in swift_args.items()}
     trained = [checkpoint for checkpoint in checkpoints if checkpoint.has_args] if given.get('load_args', True) else []
+    if given.get('infer_backend') == 'vllm':
+        # By default, vLLM computes 256 answers at a time, and the rank is that of the adapters, not 16.
+        given = {'vllm_max_num_seqs': max_batch_size, 'vllm_max_lora_rank': None, **given}
+        given['vllm_use_async_engine'] = True
     given.update(_from_args_files(trained, given, logger.warning if is_master() else logger.debug))
     source = ''
     if trained:

@@ -1,24 +1,42 @@
 """The base model in an engine that composes, from adapters that stay on disk."""
+import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, AsyncIterator, Dict, List, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, AsyncIterator, Dict, List, Sequence, Tuple
 
 from ..files import os_errors_as
 from ..lora.checkpoint import AdapterCheckpoint
 from ..lora.numbers import derived_seed
-from ..quiet import without_bars
 from .config import Answer, InferConfig
 from .dataset import Sample
-from .engine import load_base_model
+from .engine import load_engine
+from .ranks import RankDied, at_once
 
 if TYPE_CHECKING:
-    from ..compose.engine import ComposedRequest
-    from ..lora.library import AdapterLibrary
+    from ..compose.requests import ComposedRequest
     from ..ms_swift import InferArguments, InferRequest
 
 logger = logging.getLogger(__name__)
 
 # The keys of a sample that ms-swift's engine takes besides the messages.
 REQUEST_KEYS = ('images', 'audios', 'videos', 'tools', 'objects', 'chat_template_kwargs')
+# How long an engine may take to end what nobody waits for.
+_SECONDS_OF_ENDING = 5.
+
+
+@dataclass
+class Done:
+    """What came of a batch.
+
+    Attributes:
+        answers: Those of its samples, by number.
+        seconds_composing: The seconds in which something was composed since the last batch that was done.
+        seconds_generating: The seconds in which something was answered since then.
+    """
+    answers: Dict[int, Answer]
+    seconds_composing: float
+    seconds_generating: float
 
 
 class Generator:
@@ -39,42 +57,63 @@ class Generator:
 
     def __init__(self, config: InferConfig, args: 'InferArguments', checkpoints: Sequence[AdapterCheckpoint],
                  samples: Sequence[Sample]):
-        import torch
-
-        from ..compose.engine import FusionEngine
         from ..lora.library import AdapterLibrary
         self._samples = samples
         self._seed = args.seed
         self._request_config = args.get_request_config()
-        # The embeddings of new tokens are drawn.
-        torch.manual_seed(args.seed)
-        with without_bars():
-            model, template = load_base_model(args)
-        library = AdapterLibrary({checkpoint.name: checkpoint.path for checkpoint in checkpoints})
-        self.engine = FusionEngine(
-            model,
-            template,
+        # From all samples, so that a resumed run computes with the same shapes.
+        self.engine = load_engine(
+            args,
+            AdapterLibrary({checkpoint.name: checkpoint.path
+                            for checkpoint in checkpoints}),
             max_batch_size=min(config.max_batch_size, len(samples)),
-            library=library,
-            adapter_name=free_name(library),
-            merge_method=config.merge_method,
-            **config.composer_args)
+            max_sources=max(len(sample.adapters) for sample in samples),
+            max_compositions=len({(tuple(sample.adapters), tuple(sample.weights))
+                                  for sample in samples}),
+            composer_args={
+                'merge_method': config.merge_method,
+                **config.composer_args
+            })
         # Errors take the places of responses, so that the others of a batch are answered.
         self.engine.strict = False
-        self.engine.composer.check(list(library))
-        # From all samples, so that a resumed run computes with the same shapes.
-        self.engine.reserve(list(library), max_sources=max(len(sample.adapters) for sample in samples))
+        self._reported = self._seconds()
+
+    def begin(self, batch: Sequence[int]) -> 'Future[Done]':
+        """Begins to answer samples, given by number."""
+        return at_once(lambda number: self._done(batch, self.answer(batch)))(0)
 
     def answer(self, batch: Sequence[int]) -> List[Answer]:
         """Answers samples together, given by number."""
         if self._request_config.stream:
-            # In a thread of its own: in a notebook, this one has a loop that runs.
-            return [self.engine.safe_asyncio_run(self._shown(number)) for number in batch]
+            return [self.engine.submit(self._shown(number)).result() for number in batch]
         requests, compositions, seeds, _ = zip(*map(self._request, batch))
         return [
-            _answer(response) for response in self.engine.infer(
+            self._to_answer(response) for response in self.engine.infer(
                 list(requests), self._request_config, use_tqdm=False, compositions=compositions, seeds=seeds)
         ]
+
+    def close(self) -> None:
+        """Ends the processes of the engine, which has none here."""
+
+    def _to_answer(self, response: Any) -> Answer:
+        """Returns what came of a sample. Raises RankDied where nothing will come of any."""
+        from ..compose.requests import EngineEnded
+        if not isinstance(response, Exception):
+            choice = response.choices[0]
+            return Answer(choice.message.content, choice.logprobs, response.usage.completion_tokens)
+        if isinstance(response, EngineEnded):
+            raise RankDied(str(response)) from response
+        logger.debug('A sample failed:', exc_info=response)
+        reason = str(response)
+        return Answer(error=reason if isinstance(response, ValueError) else f'{type(response).__name__}: {reason}')
+
+    def _done(self, batch: Sequence[int], answers: Sequence[Answer]) -> Done:
+        seconds = self._seconds()
+        before, self._reported = self._reported, seconds
+        return Done(dict(zip(batch, answers)), seconds[0] - before[0], seconds[1] - before[1])
+
+    def _seconds(self) -> Tuple[float, float]:
+        return self.engine.seconds_composing, self.engine.seconds_generating
 
     async def _shown(self, number: int) -> Answer:
         """Answers one sample while it shows, on stdout and as `swift infer` does, what there is of the response."""
@@ -89,7 +128,7 @@ class Generator:
             try:
                 async for chunk in self._chunks(number):
                     if isinstance(chunk, Exception):
-                        return _answer(chunk)
+                        return self._to_answer(chunk)
                     text = chunk.choices[0].delta.content or ''
                     print(text, end='', flush=True)
                     texts.append(text)
@@ -109,10 +148,34 @@ class Generator:
 
     def _request(self, number: int) -> 'ComposedRequest':
         """Returns a sample with its composition, and with a seed that comes from its place alone."""
-        from ..compose.engine import ComposedRequest
+        from ..compose.requests import ComposedRequest
         sample = self._samples[number]
         return ComposedRequest(
             to_request(sample), dict(zip(sample.adapters, sample.weights)), derived_seed(self._seed, number))
+
+
+class ContinuousGenerator(Generator):
+    """Answers samples by an engine that answers each as it comes."""
+
+    def begin(self, batch: Sequence[int]) -> 'Future[Done]':
+        """Begins to answer samples, given by number. The next may be begun before they are answered."""
+        if self._request_config.stream:
+            return super().begin(batch)
+        return self.engine.submit(self._answered(batch))
+
+    def close(self) -> None:
+        """Ends the processes of the engine."""
+        self.engine.close(_SECONDS_OF_ENDING)
+
+    async def _answered(self, batch: Sequence[int]) -> Done:
+        return self._done(batch, await asyncio.gather(*map(self._answer, batch)))
+
+    async def _answer(self, number: int) -> Answer:
+        try:
+            response = await self.engine.infer_async(self._request(number), self._request_config)
+        except Exception as e:
+            response = e
+        return self._to_answer(response)
 
 
 def to_request(sample: Sample) -> 'InferRequest':
@@ -120,20 +183,3 @@ def to_request(sample: Sample) -> 'InferRequest':
     from ..ms_swift import InferRequest
     extra: Dict[str, Any] = {key: sample.data[key] for key in REQUEST_KEYS if sample.data.get(key) is not None}
     return InferRequest(messages=[dict(message) for message in sample.messages], **extra)
-
-
-def _answer(response: Any) -> Answer:
-    if isinstance(response, Exception):
-        logger.debug('A sample failed:', exc_info=response)
-        reason = str(response)
-        return Answer(error=reason if isinstance(response, ValueError) else f'{type(response).__name__}: {reason}')
-    choice = response.choices[0]
-    return Answer(choice.message.content, choice.logprobs, response.usage.completion_tokens)
-
-
-def free_name(library: 'AdapterLibrary') -> str:
-    """Returns a name for the fused adapter that none of the library has."""
-    name = 'fused'
-    while name in library:
-        name += '_'
-    return name

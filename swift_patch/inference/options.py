@@ -11,21 +11,24 @@ NOT_NEEDED = {
     'write_batch_size': 'each line is written as soon as its sample and those before it are done',
     'remove_unused_columns': 'what a sample has besides is kept in its line',
     'ignore_args_error': 'for notebooks, which call `run_infer`',
+    'vllm_use_async_engine': 'always, for each request has adapters of its own',
     'packing.*|lazy_tokenize|interleave_prob|stopping_strategy|shuffle_buffer_size': 'of training',
     'decision_.*|.*loss_scale|padding_free|sequence_parallel_size|init_strategy': 'of training',
 }
 # Options that are missing, and why, by patterns of their names.
 MISSING = {
-    '(vllm|sglang|lmdeploy)_.*|structured_outputs_regex': 'swift-patch generates by transformers',
-    'infer_backend': 'swift-patch generates by transformers',
+    '(sglang|lmdeploy)_.*': 'swift-patch generates by transformers or vLLM',
     'reranker_.*|num_labels|problem_type|task_type': 'for models that generate no text',
     'dataset|split_dataset_ratio|load_data_args': 'give the samples by --val_dataset',
     'cached_(val_)?dataset': 'they hold tokens, which name no adapters',
     'streaming': 'a run that goes on must find each sample by its place',
     'use_ray|ray_exp_name|device_groups': 'several processes are started by NPROC_PER_NODE or torchrun',
 }
+# Options that nothing but vLLM has.
+OF_VLLM = 'vllm_.*|structured_outputs_regex'
 # Values of missing options that ask for what there is, besides ms-swift's defaults.
-_NEUTRAL = {'infer_backend': ('transformers', 'pt'), 'task_type': ('causal_lm', )}
+_NEUTRAL = {'task_type': ('causal_lm', )}
+_TRANSFORMERS = ('transformers', 'pt')
 
 
 def reason_in(table: Mapping[str, str], name: str) -> Optional[str]:
@@ -65,12 +68,19 @@ def parse_swift_options(arguments: Sequence[str],
         raise ValueError(f'unrecognized arguments: {" ".join(unknown)}')
     given: Dict[str, Any] = vars(namespace)
     refused = []
+    backend = given.get('infer_backend')
+    if backend in _TRANSFORMERS:
+        del given['infer_backend']
+    elif backend not in (None, 'vllm'):
+        refused.append(f'--infer_backend {backend} is missing here: swift-patch generates by transformers or vLLM.')
     for name, value in list(given.items()):
         reason = reason_in(MISSING, name)
         if reason is not None and value != defaults[name] and value not in _NEUTRAL.get(name, ()):
             refused.append(f'--{name} {value} is missing here: {reason}.')
         if reason is not None or reason_in(NOT_NEEDED, name) is not None:
             del given[name]
+        elif backend != 'vllm' and re.fullmatch(OF_VLLM, name):
+            refused.append(f'--{name} {value} is of another backend: give --infer_backend vllm, too.')
     if refused:
         raise ValueError(' '.join(refused))
     return given

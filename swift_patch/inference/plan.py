@@ -1,12 +1,12 @@
 """What a run will do: everything that can be read and checked without the model."""
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import reason_of
 from ..patching import why_not_applied
 from .arguments import swift_arguments
+from .backends import check_backend, import_backend
 from .batches import batches, looked_at
 from .checkpoints import check_base_model, find_checkpoints
 from .config import InferConfig, Stage
@@ -38,6 +38,16 @@ class Job:
     checkpoints: 'List[AdapterCheckpoint]'
     args: 'InferArguments'
     template: Any
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether samples are answered one by one as they come, many at a time, and not in batches."""
+        return bool(self.args.infer_backend == 'vllm')
+
+    @property
+    def window(self) -> int:
+        """How many batches are begun at a time."""
+        return int(self.args.vllm_max_num_seqs) if self.is_continuous and not self.args.stream else 1
 
 
 @dataclass
@@ -78,8 +88,7 @@ def _read(config: InferConfig, ranks: Ranks, stage: Stage) -> 'Tuple[List[Sample
     reason = why_not_applied()
     if reason is not None:
         raise ValueError(reason)
-    if config.max_batch_size < 1:
-        raise ValueError(f'--max_batch_size is expected to be 1 or more, found {config.max_batch_size}.')
+    check_backend(config)
     for dataset in config.val_dataset if ranks.size > 1 else ():
         if Path(dataset).is_fifo():
             raise ValueError(f'{dataset} is a pipe, of which several processes cannot read all each: give a file.')
@@ -111,7 +120,7 @@ def _read(config: InferConfig, ranks: Ranks, stage: Stage) -> 'Tuple[List[Sample
             for name, path in config.adapters.items() if name in used
         }, config.swift_args)
     with stage('Importing ms-swift'):
-        import_module('swift_patch.ms_swift')
+        import_backend(config)
         from ..lora.combination import options_of_method
         from ..lora.compiled import compile_merging
     if config.compile_merging:
@@ -149,10 +158,10 @@ def make_plan(job: Job, todo: Sequence[int], stage: Stage) -> Plan:
     if not todo:
         return Plan([], {})
     check_base_model(job.checkpoints, job.args.model_dir)
-    size = job.config.max_batch_size
+    size = 1 if job.is_continuous else job.config.max_batch_size
     near = looked_at(todo, len(job.samples), size)
     with stage('Checking the samples', len(near)) as advance:
-        lengths, refused = _check_template(job.template, job.samples, near, advance)
+        lengths, refused = _check_template(job, near, advance)
     meant = set(todo)
     refused = {number: reason for number, reason in refused.items() if number in meant}
     if refused and job.config.strict:
@@ -168,22 +177,25 @@ def _dataset_error(samples: Sequence[Sample], refused: Mapping[int, str]) -> Val
     return DatasetError.joined([DatasetError(dataset, found, unit) for (dataset, unit), found in problems.items()])
 
 
-def _check_template(template: Any, samples: Sequence[Sample], numbers: Sequence[int],
+def _check_template(job: Job, numbers: Sequence[int],
                     advance: Callable[[int], None]) -> Tuple[Dict[int, Optional[int]], Dict[int, str]]:
     """Encodes samples with the model's template, where there is one.
 
     Returns:
         How many tokens each sample has, None where that is not known, by number; and why the others cannot be asked.
     """
+    template = job.template
     if template is None:
         return dict.fromkeys(numbers), {}
     max_model_len = template.model_info.max_model_len
+    if job.is_continuous:
+        max_model_len = job.args.vllm_max_model_len or max_model_len
     lengths: Dict[int, Optional[int]] = {}
     refused: Dict[int, str] = {}
     for number in numbers:
         advance(1)
         try:
-            length = len(template.encode(to_request(samples[number]))['input_ids'])
+            length = len(template.encode(to_request(job.samples[number]))['input_ids'])
         except Exception as e:  # templates raise whatever comes: assertions, KeyError, ValueError
             refused[number] = f"the model's template refuses it: {type(e).__name__}: {str(e):.300}"
             continue

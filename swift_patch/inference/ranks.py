@@ -10,22 +10,26 @@ import secrets
 import signal
 import socket
 import threading
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from queue import SimpleQueue
 from typing import Any, Callable, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 T = TypeVar('T')
+# What begins a task, and returns where its answer will be.
+Begin = Callable[[int], 'Future[T]']
 
 # Seconds within which rank 0 tells what another rank told it, unless it hangs.
 _PATIENCE = 10.
 
 # What ranks send: rank 0 a task, a value, an error, or that all is done (with why, where it failed).
 _TASK, _VALUE, _ERROR, _END = 'task', 'value', 'error', 'end'
-# Another rank that it is free, what it found, or why it does no more.
-_FREE, _DONE, _LEFT = 'free', 'done', 'left'
-# What a rank hears from nobody else: a signal, or that rank 0 is gone.
-_SIGNAL, _GONE = 'signal', 'gone'
+# Another rank that it can begin a task, what it found, why nobody is to begin any more, or that it does no more.
+_FREE, _DONE, _FAILED, _LEFT = 'free', 'done', 'failed', 'left'
+# What a rank hears from nobody else: an answer of its own, a signal, or that rank 0 is gone.
+_ANSWER, _SIGNAL, _GONE = 'answer', 'signal', 'gone'
 
 # The key by which the others find rank 0 in the store that all share.
 _ADDRESS = 'swift_patch/ranks/address'
@@ -140,7 +144,11 @@ class Ranks:
             raise ToldByMain(content)
         return value
 
-    def share(self, tasks: Sequence[int], answer: Callable[[int], T], deliver: Callable[[int, T], None]) -> None:
+    def share(self,
+              tasks: Sequence[int],
+              begin: 'Begin[T]',
+              deliver: Callable[[int, T], None],
+              window: int = 1) -> None:
         """Answers every task on whatever rank is free for it. All ranks call this, with the same tasks.
 
         Tasks are handed out in order, one at a time. Whatever goes wrong, no further task is handed out, but what was
@@ -149,25 +157,41 @@ class Ranks:
 
         Args:
             tasks: The numbers of the tasks.
-            answer: Called on some rank for each. What it returns can be pickled.
+            begin: Called on some rank for each, in the thread that called this. What comes of its future can be
+                pickled. `at_once` makes one of what returns the answer itself.
             deliver: Called on rank 0 with each task and its answer, in any order, from any thread, one call at a time.
+            window: How many tasks a rank has begun at most that are not answered yet.
 
         Raises:
             ToldByMain: If it failed elsewhere, on any rank but 0.
-            RankDied: If a rank ended before this did or if `answer` raised there, on rank 0; or if rank 0 ended.
+            RankDied: If a rank ended before this did or if a task failed there, on rank 0; or if rank 0 ended.
             Terminated: If a SIGTERM was received.
-            ValueError: If `answer` raised one, on rank 0, wherever that was.
-            Exception: What `answer` or `deliver` raised here.
+            ValueError: If a task raised one, on rank 0, wherever that was.
+            Exception: What a task or `deliver` raised here.
         """
         if self.is_main:
-            _Main(self._peers, tasks, answer, deliver).run()
+            _Main(self._peers, tasks, begin, deliver, window).run()
         else:
-            _Worker(self._peers[0], answer).run()
+            _Worker(self._peers[0], begin, window).run()
 
     def leave(self) -> None:
         """Ends the connections. The other ranks notice at once."""
         for peer in self._peers.values():
             peer.hang_up()
+
+
+def at_once(answer: Callable[[int], T]) -> 'Begin[T]':
+    """Returns what answers a task in the thread that begins it."""
+
+    def begin(task: int) -> 'Future[T]':
+        future: 'Future[T]' = Future()
+        try:
+            future.set_result(answer(task))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+    return begin
 
 
 @contextmanager
@@ -340,11 +364,12 @@ def _on_sigterm(act: Callable[[], None]) -> Iterator[None]:
 class _Main(Generic[T]):
     """Rank 0 within `Ranks.share`. A thread of it hears the others, while the one that called answers tasks itself."""
 
-    def __init__(self, peers: Dict[int, _Peer], tasks: Sequence[int], answer: Callable[[int], T],
-                 deliver: Callable[[int, T], None]):
-        self._peers, self._tasks, self._answer, self._deliver = peers, iter(tasks), answer, deliver
-        # Those that answer, or that have not asked for anything yet.
+    def __init__(self, peers: Dict[int, _Peer], tasks: Sequence[int], begin: 'Begin[T]',
+                 deliver: Callable[[int, T], None], window: int):
+        self._peers, self._tasks, self._begin, self._deliver, self._window = peers, iter(tasks), begin, deliver, window
+        # Those that answer, or that have not asked for anything yet, and how many tasks each may still ask for.
         self._busy = dict(peers)
+        self._asking = dict.fromkeys(peers, window)
         self._failures: List[BaseException] = []
         self._is_terminated = False
         # While tasks are taken and answers delivered.
@@ -367,11 +392,18 @@ class _Main(Generic[T]):
 
     def _run(self) -> None:
         threading.Thread(target=self._hear, daemon=True).start()
-        try:
-            while (task := self._take()) is not None:
-                self._keep(task, self._answer(task))
-        except Exception as e:
-            self._failures.append(e)
+        begun: 'Dict[Future[T], int]' = {}
+        while True:
+            while len(begun) < self._window and (task := self._take()) is not None:
+                begun[self._begin(task)] = task
+            if not begun:
+                break
+            for future in wait_for_futures(begun, return_when=FIRST_COMPLETED).done:
+                task = begun.pop(future)
+                try:
+                    self._keep(task, future.result())
+                except Exception as e:
+                    self._failures.append(e)
         # Not by `join`, which not every Python lets a signal interrupt.
         self._others_ended.wait()
         failure = self._failures[0] if self._failures else None
@@ -405,7 +437,7 @@ class _Main(Generic[T]):
                 for peer in wait(list(self._busy.values())):  # type: ignore[arg-type]
                     try:
                         self._hear_one(peer)  # type: ignore[arg-type]
-                    except Exception as e:  # its end, what it tells, what cannot be unpickled
+                    except Exception as e:  # its end, what cannot be unpickled
                         self._failures.append(e)
                         del self._busy[peer.rank]  # type: ignore[union-attr]
         finally:
@@ -413,23 +445,29 @@ class _Main(Generic[T]):
 
     def _hear_one(self, peer: _Peer) -> None:
         kind, *content = peer.receive()
-        if kind == _LEFT:
+        if kind == _FAILED:
             reason, is_mistake = content
-            raise ValueError(reason) if is_mistake else RankDied(f'Rank {peer.rank}: {reason}')
+            self._failures.append(ValueError(reason) if is_mistake else RankDied(f'Rank {peer.rank}: {reason}'))
+            return
+        if kind == _LEFT:
+            del self._busy[peer.rank]
+            return
         if kind == _DONE:
             self._keep(*content)
         task = self._take()
-        if task is None:
-            del self._busy[peer.rank]
-        else:
+        if task is not None:
             peer.send(_TASK, task)
+            return
+        self._asking[peer.rank] -= 1
+        if not self._asking[peer.rank]:
+            del self._busy[peer.rank]
 
 
 class _Worker(Generic[T]):
     """Any other rank within `Ranks.share`. A thread of it hears rank 0, also while a task is answered."""
 
-    def __init__(self, main: _Peer, answer: Callable[[int], T]):
-        self._main, self._answer = main, answer
+    def __init__(self, main: _Peer, begin: 'Begin[T]', window: int):
+        self._main, self._begin, self._window = main, begin, window
         self._inbox: 'SimpleQueue[Tuple[Any, ...]]' = SimpleQueue()
         self._is_main_gone = False
         self._can_interrupt = threading.current_thread() is threading.main_thread()
@@ -448,13 +486,12 @@ class _Worker(Generic[T]):
                 self._can_interrupt = False
 
     def _run(self) -> None:
-        self._main.send(_FREE)
-        while True:
+        for _ in range(self._window):
+            self._main.send(_FREE)
+        num_begun = 0
+        error: Optional[BaseException] = None
+        while error is None or num_begun:
             kind, *content = self._inbox.get()
-            if kind == _SIGNAL:
-                error = Terminated('SIGTERM was received.')
-                self._main.tell(_LEFT, str(error), False)
-                raise error
             if kind == _GONE:
                 raise RankDied(self._main.gone())
             if kind == _END:
@@ -462,17 +499,38 @@ class _Worker(Generic[T]):
                 if reason is not None:
                     raise ToldByMain(reason)
                 return
-            [task] = content
-            try:
-                self._main.send(_DONE, task, self._answer(task))
-            except RankDied:
-                raise
-            except ValueError as e:
-                self._main.tell(_LEFT, str(e), True)
-                raise ToldByMain(str(e)) from e
-            except Exception as e:
-                self._main.tell(_LEFT, f'{type(e).__name__}: {e}', False)
-                raise
+            failure: Optional[BaseException] = None
+            if kind == _SIGNAL:
+                failure = Terminated('SIGTERM was received.')
+            elif kind == _ANSWER:
+                num_begun -= 1
+                failure = self._tell_answer(*content)
+            elif error is None:
+                num_begun += 1
+                self._answer(*content)
+            if failure is not None and error is None:
+                error = failure
+                self._main.tell(_FAILED, _reason_of(error), isinstance(error, ValueError))
+        self._main.tell(_LEFT)
+        if isinstance(error, ValueError):
+            raise ToldByMain(str(error)) from error
+        raise error
+
+    def _answer(self, task: int) -> None:
+        self._begin(task).add_done_callback(lambda future: self._inbox.put((_ANSWER, task, future)))
+
+    def _tell_answer(self, task: int, future: 'Future[T]') -> Optional[BaseException]:
+        """Tells rank 0 an answer. Returns what went wrong here."""
+        error = future.exception()
+        if error is not None:
+            return error
+        try:
+            self._main.send(_DONE, task, future.result())
+        except RankDied:
+            raise
+        except Exception as e:  # it cannot be pickled
+            return e
+        return None
 
     def _hear(self) -> None:
         try:
@@ -487,3 +545,8 @@ class _Worker(Generic[T]):
             if self._can_interrupt:
                 # What is being answered is for nobody.
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+
+
+def _reason_of(error: BaseException) -> str:
+    """Returns what rank 0 tells of an error of another rank."""
+    return str(error) if isinstance(error, (ValueError, RankDied, Terminated)) else f'{type(error).__name__}: {error}'

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Collection, Dict, List, Optional, Seq
 from ..errors import joined, short_repr
 from ..files import check_writable, os_errors_as
 from ..lora.checkpoint import AdapterCheckpoint
+from .backends import is_vllm
 from .config import ANSWER_OPTIONS, Answer, InferConfig
 from .dataset import Sample
 
@@ -22,7 +23,10 @@ _RECORDED = ('model_type', 'model_revision', 'torch_dtype', 'attn_impl', *ANSWER
 # Where a model runs, how it is fetched and what is made of the results does not make another run of it, and a token
 # belongs in no file.
 _NOT_RECORDED = ('model', 'device_map', 'max_memory', 'use_hf', 'hub_token', 'metric', 'stream', 'load_args',
-                 'external_plugins', 'dataset_num_proc', 'load_from_cache_file', 'ddp_timeout', 'ddp_backend')
+                 'external_plugins', 'dataset_num_proc', 'load_from_cache_file', 'ddp_timeout', 'ddp_backend',
+                 'vllm_gpu_memory_utilization', 'vllm_tensor_parallel_size', 'vllm_pipeline_parallel_size',
+                 'vllm_data_parallel_size', 'vllm_max_num_seqs', 'vllm_max_lora_rank', 'vllm_enforce_eager',
+                 'vllm_disable_custom_all_reduce', 'vllm_mm_processor_cache_gb')
 # Settings that are told to be other than those of a result file.
 _MAX_CHANGES = 10
 # The setting that an adapter is, with its name after this.
@@ -354,8 +358,9 @@ def _settings(config: InferConfig, args: 'InferArguments', checkpoints: Sequence
             settings[key] = value if isinstance(value, (bool, int, float, str, list, dict)) else str(value)
     settings['merge_method'] = config.merge_method
     settings.update({key: value for key, value in sorted(config.composer_args.items()) if value is not None})
-    # Padding rounds, and sampling draws, in another way in another batch.
-    settings['max_batch_size'] = config.max_batch_size
+    if not is_vllm(config):
+        # Padding rounds, and sampling draws, in another way in another batch. Those of vLLM are never the same twice.
+        settings['max_batch_size'] = config.max_batch_size
     if config.compile_merging:
         # It rounds in another way.
         settings['compile_merging'] = True

@@ -3,14 +3,15 @@ import os
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, Optional
 
 from .config import Answer, InferConfig, InferSummary, Stage, no_stage
-from .generator import Generator
+from .generator import ContinuousGenerator, Done, Generator
 from .metrics import metric_of
 from .plan import Job, Plan, make_job, make_plan
 from .ranks import RankDied, Ranks, Terminated, joined
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
 
 # Held by a run: loading a model and seeding are of the whole process, and another thread would disturb them.
 _ALONE = threading.RLock()
-
-
-@dataclass
-class _Done:
-    """What a rank made of a batch."""
-    answers: Dict[int, Answer]
-    seconds_composing: float
-    seconds_generating: float
 
 
 def run_infer(config: InferConfig, stage: Stage = no_stage) -> InferSummary:
@@ -83,27 +76,28 @@ def run_infer(config: InferConfig, stage: Stage = no_stage) -> InferSummary:
 def _answer(job: Job, plan: Plan, ranks: Ranks, results: Optional[ResultFile], summary: InferSummary,
             stage: Stage) -> None:
     """Does what is planned, on all ranks; the one that has the results writes them and counts."""
-    with stage('Loading the model'):
-        generator = ranks.on_all(lambda: Generator(job.config, job.args, job.checkpoints, job.samples)
-                                 if plan.batches else None)
+    generator_class = ContinuousGenerator if job.is_continuous else Generator
+    with ExitStack() as stack:
+        with stage('Loading the model'):
+            generator = ranks.on_all(lambda: generator_class(job.config, job.args, job.checkpoints, job.samples)
+                                     if plan.batches else None)
+        if generator is not None:
+            stack.callback(generator.close)
 
-    def answer(number: int) -> _Done:
-        assert generator is not None, 'there are batches'
-        engine, batch = generator.engine, plan.batches[number]
-        composing, generating = engine.seconds_composing, engine.seconds_generating
-        answers = generator.answer(batch)
-        return _Done(
-            dict(zip(batch, answers)), engine.seconds_composing - composing, engine.seconds_generating - generating)
+        def begin(number: int) -> 'Future[Done]':
+            assert generator is not None, 'there are batches'
+            return generator.begin(plan.batches[number])
 
-    with (no_stage if job.args.stream else stage)('Answering', len(job.samples), summary.resumed) as advance:
+        shown = no_stage if job.args.stream else stage
+        advance = stack.enter_context(shown('Answering', len(job.samples), summary.resumed))
         writer = None if results is None else _Writer(job, results, plan.refused, summary, advance)
 
-        def deliver(number: int, done: _Done) -> None:
+        def deliver(number: int, done: Done) -> None:
             if writer is not None:
                 writer.take(done)
 
         try:
-            ranks.share(range(len(plan.batches)), answer, deliver)
+            ranks.share(range(len(plan.batches)), begin, deliver, job.window)
         except (KeyboardInterrupt, RankDied, Terminated) as e:
             raise type(e)(f'{e} --resume goes on with {summary.result_path}'.lstrip()) from e
 
@@ -134,7 +128,7 @@ class _Writer:
         self._start = time.perf_counter()
         self._write()
 
-    def take(self, done: _Done) -> None:
+    def take(self, done: Done) -> None:
         """Takes what came of a batch.
 
         Raises:

@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 from typing import Any, AsyncIterator, Awaitable, Dict, Iterator, NoReturn, Optional, Set, TypeVar, Union
 
-from ..compose.engine import ComposedRequest, EncodedRequest, FusionEngine
+from ..compose.requests import ComposedRequest, EncodedRequest, Engine
 from ..compose.tickets import Ticket
-from ..errors import reason_of, short_repr
+from ..errors import reason_of, short_repr, without_paths
 from ..lora.composition import Composition
 from ..lora.library import AdapterLibrary
 from .config import DeployConfig
@@ -53,7 +53,7 @@ class Call:
     Attributes:
         composition: What answers it, None for the base model.
         model: Its name, which the answer tells.
-        seed: What its random numbers come from.
+        seed: What its random numbers come from, None where the engine draws them.
         deadline: When it must have ended, in `time.monotonic`.
         ticket: How far it is.
         error: What went wrong.
@@ -61,7 +61,7 @@ class Call:
     """
     composition: Optional[Composition]
     model: str
-    seed: int
+    seed: Optional[int]
     deadline: float
     ticket: Ticket = field(default_factory=Ticket)
     error: Optional[RequestError] = None
@@ -97,7 +97,7 @@ class FusionDeploy(SwiftDeploy, _WithEngine):  # type: ignore[misc]  # ms-swift 
         ValueError: An adapter has the name of the base model.
     """
 
-    def __init__(self, args: Any, engine: FusionEngine, library: AdapterLibrary, config: DeployConfig):
+    def __init__(self, args: Any, engine: Engine, library: AdapterLibrary, config: DeployConfig):
         self.infer_engine, self.template = engine, engine.template
         # Text is text: ms-swift would open the file of an `<img>FILE</img>`. The template is the engine's own copy.
         self.template._replace_image_tags = lambda inputs: None
@@ -108,7 +108,7 @@ class FusionDeploy(SwiftDeploy, _WithEngine):  # type: ignore[misc]  # ms-swift 
         self._calls: Set[Call] = set()
         self._media_pool = ThreadPoolExecutor(_MEDIA_AT_ONCE)
         self._created = int(time.time())
-        self.metrics = Metrics(library, config.max_batch_size, self._waiting,
+        self.metrics = Metrics(library, engine.merges_here, config.max_batch_size, self._waiting,
                                lambda: len(self._calls) - self._waiting())
         engine.on_batch = self.metrics.batch_sizes.observe
         super().__init__(args)
@@ -161,9 +161,8 @@ class FusionDeploy(SwiftDeploy, _WithEngine):  # type: ignore[misc]  # ms-swift 
             ChatRequest.from_cmpl_request(request), raw_request, self._mixture(request), return_cmpl_response=True)
 
     async def health(self) -> Response:
-        """Tells whether requests are answered: 200, or 503 where the thread that answers has ended."""
-        thread = self.infer_engine._task_thread
-        return Response(status_code=200 if thread is None or thread.is_alive() else 503)
+        """Tells whether requests are answered: 200, or 503 where what answers has ended."""
+        return Response(status_code=200 if self.infer_engine.is_alive else 503)
 
     async def list_models(self, limit: int = 1000, after: Optional[str] = None) -> Dict[str, Any]:
         """Lists the base model and the adapters, a page of them.
@@ -246,7 +245,7 @@ class FusionDeploy(SwiftDeploy, _WithEngine):  # type: ignore[misc]  # ms-swift 
                 f'{len(waiting)} requests wait, as many as may: try again later.',
                 code='queue_full',
                 headers={'Retry-After': str(math.ceil(seconds) or 1)})
-        seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
+        seed = self.infer_engine.fresh_seed() if request.seed is None else request.seed % 2**63
         return Call(composition, mixture.named(self.base), seed, time.monotonic() + limits.max_seconds)
 
     async def _answer(self, request: ChatRequest, raw_request: Request, mixture: Mixture, **kwargs: Any) -> Any:
@@ -371,7 +370,7 @@ class FusionDeploy(SwiftDeploy, _WithEngine):  # type: ignore[misc]  # ms-swift 
         """Ends what is still being answered, for a process that ends: a thread that computes then would abort it."""
         for call in list(self._calls):
             call.ticket.is_abandoned = True
-        self.infer_engine.wait(_SECONDS_OF_A_TOKEN)
+        self.infer_engine.close(_SECONDS_OF_A_TOKEN)
 
     # What is noted, and what goes wrong.
 
@@ -419,10 +418,7 @@ class FusionDeploy(SwiftDeploy, _WithEngine):  # type: ignore[misc]  # ms-swift 
         if call.composition is not None and not call.ticket.is_composed and isinstance(error, (TypeError, ValueError)):
             paths = self._paths(call.composition)
             if paths is not None:
-                message = str(error)
-                for path in paths:
-                    message = message.replace(f' ({path})', '').replace(path, '...')
-                return RequestError(400, message, param='adapters')
+                return RequestError(400, without_paths(str(error), paths), param='adapters')
         return _of_server(error, call.ticket.traceback)
 
     def _paths(self, composition: Composition) -> 'Optional[list[str]]':

@@ -15,6 +15,7 @@ class Metrics:
 
     Args:
         library: Its adapters.
+        reads: Whether they are read in this process.
         max_batch_size: How many requests are answered together at most.
         waiting: Returns how many requests wait.
         running: Returns how many are being answered.
@@ -25,11 +26,11 @@ class Metrics:
         batch_sizes: How many requests were answered together.
     """
 
-    def __init__(self, library: AdapterLibrary, max_batch_size: int, waiting: Callable[[], float],
+    def __init__(self, library: AdapterLibrary, reads: bool, max_batch_size: int, waiting: Callable[[], float],
                  running: Callable[[], float]):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.registry.register(_OfLibrary(library))
+        self.registry.register(_OfLibrary(library, reads))
         self.requests = Counter('swift_patch_requests', 'Requests by outcome', ['outcome'], registry=self.registry)
         sizes = sorted({2**power for power in range(max_batch_size.bit_length())} | {max_batch_size})
         self.batch_sizes = Histogram(
@@ -57,13 +58,15 @@ class Metrics:
 
 
 class _OfLibrary(Collector):
-    """What a library has read."""
+    """What a library has, and has read."""
 
-    def __init__(self, library: AdapterLibrary):
-        self._library = library
+    def __init__(self, library: AdapterLibrary, reads: bool):
+        self._library, self._reads = library, reads
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily('swift_patch_adapters', 'Adapters that requests may name', len(self._library))
+        if not self._reads:
+            return
         reads = CounterMetricFamily(
             'swift_patch_adapter_reads', 'Adapters that were merged, by where from', labels=['source'])
         stats = self._library.stats

@@ -5,15 +5,14 @@ import os
 import signal
 import threading
 from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Awaitable, Callable, List, Optional, TypeVar
 
 from ..inference.arguments import swift_arguments
+from ..inference.backends import check_backend, import_backend
 from ..inference.checkpoints import check_base_model, find_checkpoints
 from ..inference.config import Stage, no_stage
-from ..inference.engine import load_base_model
+from ..inference.engine import load_engine
 from ..patching import why_not_applied
-from ..quiet import without_bars
 from .config import LOOPBACK, DeployConfig
 
 logger = logging.getLogger(__name__)
@@ -40,11 +39,7 @@ def make_server(config: DeployConfig, stage: Stage = no_stage) -> 'FusionDeploy'
     with stage('Looking at the adapters'):
         checkpoints = find_checkpoints(config.adapters, config.swift_args)
     with stage('Importing ms-swift'):
-        import_module('swift_patch.serve.app')
-        import torch
-
-        from ..compose.engine import FusionEngine
-        from ..inference.generator import free_name
+        import_backend(config)
         from ..lora.combination import options_of_method
         from ..lora.compiled import compile_merging
         from ..lora.library import AdapterLibrary
@@ -71,23 +66,20 @@ def make_server(config: DeployConfig, stage: Stage = no_stage) -> 'FusionDeploy'
             raise ValueError(
                 f'swift-patch deploy serves models that generate text, but this is one for {args.task_type}.')
         check_base_model(checkpoints, args.model_dir)
-    with stage('Loading the model'), without_bars():
-        torch.manual_seed(args.seed)
-        model, template = load_base_model(args)
-        library = AdapterLibrary({checkpoint.name: checkpoint.path
-                                  for checkpoint in checkpoints},
-                                 cache_bytes=config.cache_bytes)
-        engine = FusionEngine(
-            model,
-            template,
+    library = AdapterLibrary({checkpoint.name: checkpoint.path
+                              for checkpoint in checkpoints},
+                             cache_bytes=config.cache_bytes)
+    with stage('Loading the model'):
+        engine = load_engine(
+            args,
+            library,
             max_batch_size=config.max_batch_size,
-            library=library,
-            adapter_name=free_name(library),
-            merge_method=config.merge_method,
-            **config.composer_args)
-    with stage('Comparing the adapters with the model'):
-        engine.composer.check(list(library))
-        engine.reserve(list(library), max_sources=config.limits.max_sources)
+            max_sources=config.limits.max_sources,
+            cache_bytes=config.cache_bytes,
+            composer_args={
+                'merge_method': config.merge_method,
+                **config.composer_args
+            })
     return FusionDeploy(args, engine, library, config)
 
 
@@ -179,8 +171,7 @@ def _check(config: DeployConfig) -> None:
     reason = why_not_applied()
     if reason is not None:
         raise ValueError(reason)
-    if config.max_batch_size < 1:
-        raise ValueError(f'--max_batch_size is expected to be 1 or more, found {config.max_batch_size}.')
+    check_backend(config)
     key = config.swift_args.get('api_key')
     # An empty one is that of a shell's variable that is not set, and ms-swift would let everybody in.
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ''):

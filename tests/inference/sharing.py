@@ -7,7 +7,7 @@ from multiprocessing.connection import Client
 from torch import distributed
 from typing import Any, Dict
 
-from swift_patch.inference.ranks import RankDied, Ranks, Terminated, ToldByMain, joined
+from swift_patch.inference.ranks import RankDied, Ranks, Terminated, ToldByMain, at_once, joined
 
 
 def start(environment: Dict[str, str], *arguments: Any) -> None:
@@ -53,7 +53,7 @@ def main(address: str, delivered: str, num_tasks: int) -> int:
             distributed.init_process_group('gloo')
             distributed.barrier()
         ask('from_main', number)
-        ranks.share(range(num_tasks), answer, deliver)
+        ranks.share(range(num_tasks), at_once(answer), deliver)
 
     try:
         with joined() as ranks:

@@ -17,6 +17,7 @@ NAMES = [field.name for field in fields(InferArguments)]
     (['--max_model_len=2048'], {'max_model_len': 2048}),
     (['--max-model-len', '2048'], {'max_model_len': 2048}),
     (['--load_args', 'false'], {'load_args': False}),
+    (['--infer_backend', 'vllm', '--vllm_max_model_len', '5'], {'infer_backend': 'vllm', 'vllm_max_model_len': 5}),
     (['--external_plugins', 'a.py', 'b.py'], {'external_plugins': ['a.py', 'b.py']}),
     (['--columns', '{"a": "query"}'], {'columns': '{"a": "query"}'}),
     (['--val_dataset_sample', '3', '--val_dataset_shuffle'], {'val_dataset_sample': 3, 'val_dataset_shuffle': True}),
@@ -28,15 +29,18 @@ def test_options_are_read_as_ms_swift_does_and_those_that_are_not_given_are_left
 
 @pytest.mark.parametrize('given', [
     '--infer_backend pt', '--merge_lora false', '--merge_lora true', '--write_batch_size 10', '--use_swift_lora true',
-    '--streaming false', '--load_data_args false', '--task_type causal_lm', '--tuner_backend peft'
+    '--streaming false', '--load_data_args false', '--task_type causal_lm', '--tuner_backend peft',
+    '--sglang_tp_size 1'
 ])  # yapf: disable
 def test_what_asks_for_what_there_is_anyway_is_passed_over(given: str) -> None:
     assert parse_swift_options(given.split()) == {}
 
 
 @pytest.mark.parametrize(('given', 'reason'), [
-    ('--infer_backend vllm', 'by transformers'),
-    ('--vllm_max_model_len 5', 'by transformers'),
+    ('--infer_backend sglang', 'by transformers or vLLM'),
+    ('--sglang_context_length 5', 'by transformers or vLLM'),
+    ('--vllm_max_model_len 5', '--infer_backend vllm'),
+    ('--infer_backend lmdeploy --vllm_max_model_len 5', 'by transformers or vLLM'),
     ('--task_type embedding', 'generate no text'),
     ('--load_data_args true', '--val_dataset'),
     ('--dataset a b', '--val_dataset'),

@@ -137,9 +137,9 @@ def test_what_only_another_one_finds_is_told_and_ends_all(config: InferConfig, t
 
 def test_a_model_that_one_of_them_cannot_load_is_told_and_ends_all(config: InferConfig, tmp_path: Path) -> None:
     (tmp_path / 'plugin.py').write_text('import os\n'
-                                        'from swift_patch.inference import generator\n'
+                                        'from swift_patch.inference import engine\n'
                                         'def fail(args):\n    raise ValueError("out of memory")\n'
-                                        'if os.environ["RANK"] == "1":\n    generator.load_base_model = fail\n')
+                                        'if os.environ["RANK"] == "1":\n    engine.load_base_model = fail\n')
     process = infer(config, 2, '--external_plugins', str(tmp_path / 'plugin.py'))
     assert process.returncode == 2
     assert process.stderr.count('error: Rank 1: out of memory') == process.stderr.count('error: ') == 1

@@ -10,10 +10,17 @@ import socket
 import subprocess
 import sys
 import torch.distributed
+from collections import Counter
+from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from queue import Queue
+from threading import Thread
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from swift_patch.inference.ranks import RankDied, Ranks, ToldByMain, _Peer
 
 PROGRAM = str(Path(__file__).with_name('sharing.py'))
 # For the slowest machine; nothing takes nearly as long.
@@ -338,12 +345,101 @@ def test_a_stranger_that_connects_to_rank_0_is_turned_away(run: Run) -> None:
     assert run.statuses() == [0, 0]
 
 
+class Window:
+    """Ranks of this process, whose tasks are answered by the test.
+
+    Attributes:
+        told: What happens: the rank, and a task that it has begun with the future of its answer, or how it ended.
+        delivered: The answers, by task.
+    """
+
+    def __init__(self, size: int, num_tasks: int, window: int) -> None:
+        self.told: 'Queue[Tuple[Any, ...]]' = Queue()
+        self.delivered: Dict[int, int] = {}
+        peers, others = {}, []
+        for rank in range(1, size):
+            with socket.create_server(('127.0.0.1', 0)) as server:
+                others.append(Ranks(rank, size, {0: _Peer(socket.create_connection(server.getsockname()))}))
+                peers[rank] = _Peer(server.accept()[0])
+                peers[rank].rank = rank
+        for ranks in [Ranks(0, size, peers), *others]:
+            Thread(target=self.share, args=(ranks, num_tasks, window)).start()
+
+    def share(self, ranks: Ranks, num_tasks: int, window: int) -> None:
+        error = None
+        try:
+            ranks.share(range(num_tasks), partial(self.begin, ranks.rank), self.delivered.__setitem__, window)
+        except Exception as e:
+            error = e
+        ranks.leave()
+        self.told.put((ranks.rank, error))
+
+    def begin(self, rank: int, task: int) -> Future:
+        future: Future = Future()
+        self.told.put((rank, task, future))
+        return future
+
+    def take(self, count: int) -> List[Tuple[Any, ...]]:
+        """What happens next."""
+        return [self.told.get(timeout=DEADLINE) for _ in range(count)]
+
+    def end(self, size: int) -> Tuple[Dict[int, Optional[Exception]], List[int]]:
+        """Answers whatever comes, and returns how each rank ended, and the tasks that came."""
+        errors, tasks = {}, []
+        while len(errors) < size:
+            [(rank, what, *future)] = self.take(1)
+            if future:
+                tasks.append(what)
+                future[0].set_result(what)
+            else:
+                errors[rank] = what
+        return errors, tasks
+
+
+@pytest.mark.parametrize('size', [1, 3])
+def test_each_rank_has_a_window_of_tasks_and_begins_one_more_for_each_that_is_answered(size: int) -> None:
+    run = Window(size, 30, window=4)
+    waiting = run.take(4 * size)
+    assert Counter(rank for rank, _, _ in waiting) == dict.fromkeys(range(size), 4)
+    for _ in range(4 * size, 30):
+        # The newest first: they are answered in any order.
+        rank, task, future = waiting.pop()
+        assert run.told.empty()
+        future.set_result(task)
+        waiting += run.take(1)
+        assert waiting[-1][0] == rank
+    for _, task, future in waiting:
+        future.set_result(task)
+    assert run.end(size) == (dict.fromkeys(range(size)), [])
+    assert run.delivered == {task: task for task in range(30)}
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('error', [ValueError('it is broken'), TypeError('it is broken'), RankDied('it is broken')])
+def test_what_a_window_has_begun_is_answered_where_a_task_of_it_fails(rank: int, error: Exception) -> None:
+    run = Window(2, NUM_TASKS, window=4)
+    waiting = sorted(run.take(8), key=lambda begun: begun[0] != rank)
+    waiting.pop(0)[2].set_exception(error)
+    # After what went wrong there.
+    for _, task, future in waiting:
+        future.set_result(task)
+    errors, later = run.end(2)
+    assert len(later) < NUM_TASKS - 8
+    assert sorted(run.delivered) == sorted([*(task for _, task, _ in waiting), *later])
+    assert 'it is broken' in str(errors[0])
+    kind = ValueError if isinstance(error, ValueError) else RankDied
+    assert isinstance(errors[0], kind if rank else type(error))
+    if rank:
+        assert isinstance(errors[1], ToldByMain if kind is ValueError else type(error))
+
+
 def test_one_process_needs_no_torch() -> None:
     program = """
 import sys
-from swift_patch.inference.ranks import joined
+from swift_patch.inference.ranks import at_once, joined
 with joined() as ranks:
-    ranks.share([1, 2], lambda task: ranks.from_main(lambda: 2 * task), lambda *answer: print(*answer))
+    answer = at_once(lambda task: ranks.from_main(lambda: 2 * task))
+    ranks.share([1, 2], answer, lambda *answer: print(*answer))
 print(ranks.rank, ranks.size, ranks.is_main, 'torch' in sys.modules)
 """
     environment = {key: value for key, value in os.environ.items() if key != 'RANK'}

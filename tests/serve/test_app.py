@@ -348,7 +348,7 @@ def test_a_queue_that_is_full_refuses_and_says_when_to_come_again(written):
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_a_request_that_takes_too_long_is_ended(written, stream):
-    with local(config_of(written, limits={'max_seconds': .5})) as server:
+    with local(config_of(written, limits={'max_seconds': 2.})) as server:
         with busy(server):
             response = server.post(stream=stream)
             assert response.status_code == 504 and 'waited' in response.json()['error']['message']
