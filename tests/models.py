@@ -170,14 +170,17 @@ BUILDERS: Dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def write_checkpoints(folder: Path, count: int = 5, **changes: Any) -> Tuple[str, Dict[str, Dict[str, str]]]:
+def write_checkpoints(folder: Path,
+                      count: int = 5,
+                      hidden_size: int = 32,
+                      **changes: Any) -> Tuple[str, Dict[str, Dict[str, str]]]:
     """Writes a Qwen2 of two layers, and LoRAs in ms-swift's format (`swift`) and in PEFT's (`peft`).
 
     Returns:
         The folder of the model, and by format the folder of each LoRA by its name.
     """
     from swift_patch.synthetic.tiny_model import build_tiny_qwen2
-    model_dir = build_tiny_qwen2(folder / 'model', hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1)
+    model_dir = build_tiny_qwen2(folder / 'model', hidden_size=hidden_size, num_layers=2, num_heads=2, num_kv_heads=1)
     paths = {}
     for kind, build, cls in (('swift', swift_model, LoRAConfig), ('peft', peft_model, LoraConfig)):
         configs = loras(count, cls, **changes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import swift_patch
 from swift_patch.cli import command
+from swift_patch.vllm_plugin.plugin import register
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,6 +42,11 @@ def test_the_version_is_read_without_importing_the_package(project):
 def test_the_command_is_the_packages():
     entry_point, = metadata.entry_points(group='console_scripts', name='swift-patch')
     assert entry_point.load() is command
+
+
+def test_vllm_finds_the_plugin_which_needs_no_vllm_to_be_imported():
+    entry_point, = metadata.entry_points(group='vllm.general_plugins', name='swift_patch')
+    assert entry_point.load() is register
 
 
 def test_every_file_of_the_package_is_shipped(project):
