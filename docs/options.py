@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Dict, List
 
 from swift_patch.cli.infer import add_parser
-from swift_patch.inference.options import MISSING, NOT_NEEDED, reason_in
+from swift_patch.inference.options import MISSING, NOT_NEEDED, OF_VLLM, reason_in
 
 _BEGIN, _END = '<!-- options: begin -->', '<!-- options: end -->'
 
@@ -22,7 +22,7 @@ def table() -> str:
     infer = parser.add_subparsers()
     add_parser(infer)
     own = {action.dest for action in infer.choices['infer']._actions}
-    rows: Dict[str, List[str]] = {'here': [], 'here, read by ms-swift': []}
+    rows: Dict[str, List[str]] = {'here': [], 'here, read by ms-swift': [], 'here, with `--infer_backend vllm`': []}
     for name in (field.name for field in fields(InferArguments)):
         not_needed, missing = reason_in(NOT_NEEDED, name), reason_in(MISSING, name)
         where = 'here, read by ms-swift'
@@ -32,6 +32,8 @@ def table() -> str:
             where = f'missing: {missing}'
         elif not_needed is not None:
             where = f'not needed: {not_needed}'
+        elif re.fullmatch(OF_VLLM, name):
+            where = 'here, with `--infer_backend vllm`'
         rows.setdefault(where, []).append(name)
     lines = ['| options of `swift infer` | in `swift-patch infer` |', '| --- | --- |']
     # Those that are missing last.
@@ -42,13 +44,12 @@ def table() -> str:
 
 def _joined(names: List[str]) -> str:
     """Returns names, those of one backend as one pattern."""
-    shown: Dict[str, int] = {}
+    shown: Dict[str, List[str]] = {}
     for name in names:
         match = re.match('(vllm|sglang|lmdeploy|decision|packing)_', name)
-        pattern = f'`{match[1]}_*`' if match else f'`{name}`'
-        shown[pattern] = shown.get(pattern, 0) + 1
-    return ' '.join(pattern if count == 1 or '*' not in pattern else f'{pattern} ({count})'
-                    for pattern, count in shown.items())
+        shown.setdefault(f'{match[1]}_*' if match else name, []).append(name)
+    return ' '.join(f'`{found[0]}`' if len(found) == 1 else f'`{pattern}` ({len(found)})'
+                    for pattern, found in shown.items())
 
 
 def main(path: Path) -> None:
