@@ -128,6 +128,16 @@ class FusionComposer:
         options = self._options if merge_method is None else self._options_of(merge_method)
         return Composition.of_sample(adapters, weights, options)
 
+    def composition_of(self, sample: Optional[Sample]) -> Composition:
+        """Returns the composition of what `compose_batch` takes for a sample, checked. None is the base model.
+
+        Raises:
+            TypeError: See `composition`.
+            ValueError: See `composition`.
+        """
+        [found] = Composition.of_batch([sample], self._options)
+        return found
+
     @property
     def lock(self) -> threading.RLock:
         """What all composers of the model hold while they compose, and in a `fused` block."""

@@ -12,8 +12,9 @@ from transformers import StoppingCriteriaList
 from typing import Any, Callable, Coroutine, Dict, Iterable, Iterator, List, Optional, Sequence, TypeVar
 
 from ..errors import RowsError, short_repr
+from ..futures import settled
 from ..lora.numbers import check_positive, derived_seed
-from ..ms_swift import TEMPLATE_MODE, InferRequest, TransformersEngine, get_engine
+from ..ms_swift import TEMPLATE_MODE, TransformersEngine, get_engine
 from .composer import FusionComposer, Sample
 from .requests import ComposedInference, ComposedRequest, EncodedRequest
 from .streams import NOTHING, Client, Mailbox, Stream, checked
@@ -111,29 +112,13 @@ class FusionEngine(ComposedInference, TransformersEngine):  # type: ignore[misc]
 
     def submit(self, coroutine: 'Coroutine[Any, Any, _T]') -> 'Future[_T]':
         """Runs a coroutine that asks the engine to its end, also where this thread has a loop that runs."""
-        future: 'Future[_T]' = Future()
-        try:
-            future.set_result(self.safe_asyncio_run(coroutine))
-        except Exception as e:
-            future.set_exception(e)
-        return future
+        return settled(lambda: self.safe_asyncio_run(coroutine))
 
     def close(self, seconds: float) -> None:
         """Waits until no batch is being answered, at most so many seconds."""
         lock = self.composer.lock
         if lock.acquire(timeout=seconds):
             lock.release()
-
-    def encoded(self, infer_request: InferRequest) -> EncodedRequest:
-        """Encodes a request, so that its batch need not. May be called from any thread.
-
-        Returns:
-            What `ComposedRequest` takes as the request.
-
-        Raises:
-            Exception: What the template has against it.
-        """
-        return EncodedRequest(self.template.encode(infer_request, return_template_inputs=True))
 
     async def infer_async(self,
                           infer_request: Any,

@@ -98,7 +98,19 @@ class Engine(Protocol):
 
 
 class ComposedInference:
-    """`infer` of an engine of ms-swift's, with a composition for each request. Mixed into it."""
+    """What engines of ms-swift's have with a composition for each request. Mixed into them."""
+    template: Any
+
+    def encoded(self, infer_request: 'InferRequest') -> EncodedRequest:
+        """Encodes a request, so that its batch need not. May be called from any thread.
+
+        Returns:
+            What `ComposedRequest` takes as the request.
+
+        Raises:
+            Exception: What the template has against it.
+        """
+        return EncodedRequest(self.template.encode(infer_request, return_template_inputs=True))
 
     def infer(self,
               infer_requests: 'List[InferRequest]',

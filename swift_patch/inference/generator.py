@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, AsyncIterator, Dict, List, Sequence, Tuple
 
 from ..files import os_errors_as
+from ..futures import settled
 from ..lora.checkpoint import AdapterCheckpoint
 from ..lora.numbers import derived_seed
 from .config import Answer, InferConfig
 from .dataset import Sample
 from .engine import load_engine
-from .ranks import RankDied, at_once
+from .ranks import RankDied
 
 if TYPE_CHECKING:
     from ..compose.requests import ComposedRequest
@@ -80,7 +81,7 @@ class Generator:
 
     def begin(self, batch: Sequence[int]) -> 'Future[Done]':
         """Begins to answer samples, given by number."""
-        return at_once(lambda number: self._done(batch, self.answer(batch)))(0)
+        return settled(lambda: self._done(batch, self.answer(batch)))
 
     def answer(self, batch: Sequence[int]) -> List[Answer]:
         """Answers samples together, given by number."""

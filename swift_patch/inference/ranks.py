@@ -158,7 +158,7 @@ class Ranks:
         Args:
             tasks: The numbers of the tasks.
             begin: Called on some rank for each, in the thread that called this. What comes of its future can be
-                pickled. `at_once` makes one of what returns the answer itself.
+                pickled. `futures.settled` makes one of an answer that is there at once.
             deliver: Called on rank 0 with each task and its answer, in any order, from any thread, one call at a time.
             window: How many tasks a rank has begun at most that are not answered yet.
 
@@ -178,20 +178,6 @@ class Ranks:
         """Ends the connections. The other ranks notice at once."""
         for peer in self._peers.values():
             peer.hang_up()
-
-
-def at_once(answer: Callable[[int], T]) -> 'Begin[T]':
-    """Returns what answers a task in the thread that begins it."""
-
-    def begin(task: int) -> 'Future[T]':
-        future: 'Future[T]' = Future()
-        try:
-            future.set_result(answer(task))
-        except Exception as e:
-            future.set_exception(e)
-        return future
-
-    return begin
 
 
 @contextmanager

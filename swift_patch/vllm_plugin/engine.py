@@ -167,14 +167,6 @@ class VllmFusionEngine(ComposedInference, VllmEngine):  # type: ignore[misc]  # 
     def fresh_seed(self) -> None:
         """Returns None: vLLM draws for each request by itself, and faster without a seed."""
 
-    def encoded(self, infer_request: Any) -> EncodedRequest:
-        """Encodes a request, for `ComposedRequest`. May be called from any thread.
-
-        Raises:
-            Exception: What the template has against it.
-        """
-        return EncodedRequest(self.template.encode(infer_request, return_template_inputs=True))
-
     async def infer_async(self,
                           infer_request: Any,
                           request_config: Any = None,
@@ -340,8 +332,8 @@ class VllmFusionEngine(ComposedInference, VllmEngine):  # type: ignore[misc]  # 
         Raises:
             ValueError: It cannot be merged.
         """
-        composition = self._composition(sample)
-        if composition is None or composition.is_base:
+        composition = self.composer.composition_of(sample)
+        if composition.is_base:
             ticket.composed(0.)
             return None
         start = time.perf_counter()
@@ -392,14 +384,6 @@ class VllmFusionEngine(ComposedInference, VllmEngine):  # type: ignore[misc]  # 
 
     def _request(self, composition: Composition) -> LoRARequest:
         return self._mixtures.request(composition, short_repr(dict(zip(composition.sources, composition.weights))))
-
-    def _composition(self, sample: Optional[Sample]) -> Optional[Composition]:
-        """Returns the composition of what `FusionComposer.compose_batch` takes for a sample."""
-        if sample is None or isinstance(sample, Composition):
-            return sample
-        if isinstance(sample, tuple) and len(sample) == 2 and not isinstance(sample[0], str):
-            return self.composer.composition(*sample)
-        return self.composer.composition(sample)
 
 
 class _Clock:

@@ -3,6 +3,7 @@ import hashlib
 import json
 import weakref
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Dict, Tuple
 
 from ..errors import short_repr
@@ -77,7 +78,7 @@ class StoredMixture:
                 f'A path of a mixture is expected, found {short_repr(path)}: it is made by the resolver of '
                 'swift_patch alone.') from e
 
-    @property
+    @cached_property
     def path(self) -> str:
         """What `parse` takes. What differs in it differs in what is merged, or in when that was written."""
         options: Dict[str, Any] = {key: value for key, value in asdict(self.options).items() if value != _DEFAULTS[key]}
@@ -89,14 +90,10 @@ class StoredMixture:
         return _PREFIX + json.dumps(content, separators=(',', ':'))
 
     @property
-    def seed(self) -> int:
-        """What random masks come from, so that all workers draw the same."""
-        return _number_of(self.path)
-
-    @property
     def lora_id(self) -> int:
         """The number that vLLM knows it by. Servers that know nothing of each other find the same."""
-        return _FIRST_ID + _number_of(self.path)
+        digest = hashlib.sha256(self.path.encode()).digest()
+        return _FIRST_ID + int.from_bytes(digest[:7], 'big')
 
     @property
     def composition(self) -> Composition:
@@ -114,8 +111,3 @@ def digest_of(stored: StoredAdapter) -> str:
     if stored not in _digests:
         _digests[stored] = stored.checkpoint.digest()
     return _digests[stored]
-
-
-def _number_of(path: str) -> int:
-    digest = hashlib.sha256(path.encode()).digest()
-    return int.from_bytes(digest[:7], 'big')

@@ -51,7 +51,7 @@ def add_lora(worker: Any, request: Any) -> Optional[str]:
         return str(e) if isinstance(e, ValueError) else reason_of(e)
 
 
-def take_failures(worker: Any = None) -> Dict[int, str]:
+def take_failures(worker: Any) -> Dict[int, str]:
     """Returns, by number, why adapters could not be loaded in steps of the engine since this was asked last.
 
     Args:
@@ -125,7 +125,7 @@ class Merger:
         """
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.lora_weights import LoRALayerWeights
-        factors = self._merged(StoredMixture.parse(request.lora_path))
+        factors = self._merged(StoredMixture.parse(request.lora_path), request.lora_int_id)
         layout = factors.layout
         rank, max_rank = layout.rank, self._manager.lora_config.max_lora_rank
         if rank > max_rank:
@@ -149,7 +149,7 @@ class Merger:
         while self._placeholders:
             self._manager.remove_adapter(self._placeholders.pop())
 
-    def _merged(self, mixture: StoredMixture) -> FlatFactors:
+    def _merged(self, mixture: StoredMixture, seed: int) -> FlatFactors:
         library = self._library
         for source in mixture.sources:
             if source.name not in library or str(library.path(source.name)) != source.folder:
@@ -163,7 +163,8 @@ class Merger:
             if digest_of(stored) != source.digest:
                 raise ValueError(f'Adapter {source.name!r} is expected to be what it was when the request came, found '
                                  'other files: ask again.')
-        found: FlatFactors = self._composer.merged(mixture.composition, mixture.seed)
+        # By the number of the request, all workers draw the same masks.
+        found: FlatFactors = self._composer.merged(mixture.composition, seed)
         if any(library.stored(stored.checkpoint.name) is not stored for stored in before):
             raise ValueError('Adapters are expected to stay as they are while they are merged, found other files '
                              'meanwhile: ask again.')

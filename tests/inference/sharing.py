@@ -3,11 +3,13 @@ import json
 import os
 import sys
 import threading
+from functools import partial
 from multiprocessing.connection import Client
 from torch import distributed
 from typing import Any, Dict
 
-from swift_patch.inference.ranks import RankDied, Ranks, Terminated, ToldByMain, at_once, joined
+from swift_patch.futures import settled
+from swift_patch.inference.ranks import RankDied, Ranks, Terminated, ToldByMain, joined
 
 
 def start(environment: Dict[str, str], *arguments: Any) -> None:
@@ -53,7 +55,7 @@ def main(address: str, delivered: str, num_tasks: int) -> int:
             distributed.init_process_group('gloo')
             distributed.barrier()
         ask('from_main', number)
-        ranks.share(range(num_tasks), at_once(answer), deliver)
+        ranks.share(range(num_tasks), lambda task: settled(partial(answer, task)), deliver)
 
     try:
         with joined() as ranks:

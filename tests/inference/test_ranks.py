@@ -436,9 +436,10 @@ def test_what_a_window_has_begun_is_answered_where_a_task_of_it_fails(rank: int,
 def test_one_process_needs_no_torch() -> None:
     program = """
 import sys
-from swift_patch.inference.ranks import at_once, joined
+from swift_patch.futures import settled
+from swift_patch.inference.ranks import joined
 with joined() as ranks:
-    answer = at_once(lambda task: ranks.from_main(lambda: 2 * task))
+    answer = lambda task: settled(lambda: ranks.from_main(lambda: 2 * task))
     ranks.share([1, 2], answer, lambda *answer: print(*answer))
 print(ranks.rank, ranks.size, ranks.is_main, 'torch' in sys.modules)
 """
