@@ -72,7 +72,10 @@ def add_session(name: str, pins: Dict[str, str]) -> None:
         finally:
             if report.exists():
                 python = session.run('python', '-c', 'import platform; print(platform.python_version())', silent=True)
-                counts = xml.etree.ElementTree.parse(report).getroot()[0].attrib
+                try:
+                    counts = xml.etree.ElementTree.parse(report).getroot()[0].attrib
+                except xml.etree.ElementTree.ParseError:
+                    session.error(f'pytest did not end, and what it found is not whole: {report}')
                 found = {key: int(counts[key]) for key in ('tests', 'failures', 'errors', 'skipped')}
                 line = {'python': str(python).strip(), **versions, **found}
                 result.write_text(json.dumps(line, indent=2))
