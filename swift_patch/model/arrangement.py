@@ -105,14 +105,8 @@ class FlatFactors:
     def formed(self, begin: int, end: int, form: Form) -> Factors:
         """Returns the factors of the layers from `begin` to `end`, all of one run or, where only their elements are
         asked for, in one piece of memory."""
-        flat = []
-        for side in self.layout.sides:
-            (kind, first, _), (_, last, shape) = side[begin], side[end - 1]
-            flat.append(self.memory[kind][first:last + shape.numel()])
-        if form == 'elements':
-            return Factors(*flat)
-        shapes = self.layout.shapes[begin]
-        return formed(Factors(*(factor.view(end - begin, *shape) for factor, shape in zip(flat, shapes))), form)
+        flat = self._elements(begin, end)
+        return flat if form == 'elements' else formed(self._stacked(flat, begin, end), form)
 
     def factors(self, place: int) -> Factors:
         """Returns the factors of one layer."""
@@ -121,10 +115,21 @@ class FlatFactors:
 
     def every(self) -> List[Factors]:
         """Returns the factors of all layers: what `factors` returns of each, in less time."""
-        sides = self.layout.sides
-        sizes: Dict[Kind, List[int]] = {kind: [] for kind in self.memory}
-        for kind, _, shape in (*sides[0], *sides[1]):
-            sizes[kind].append(shape.numel())
-        pieces = {kind: iter(memory.split(sizes[kind])) for kind, memory in self.memory.items()}
-        A, B = ([next(pieces[kind]).view(shape) for kind, _, shape in side] for side in sides)
-        return list(map(Factors, A, B))
+        found: List[Factors] = []
+        # A run is called by its first layer.
+        begins = list(dict.fromkeys(self.layout.runs))
+        for begin, end in zip(begins, [*begins[1:], len(self.layout.runs)]):
+            found += map(Factors, *(side.unbind() for side in self._stacked(self._elements(begin, end), begin, end)))
+        return found
+
+    def _elements(self, begin: int, end: int) -> Factors:
+        """Returns the elements of the layers from `begin` to `end`, all in one piece of memory."""
+        flat = []
+        for side in self.layout.sides:
+            (kind, first, _), (_, last, shape) = side[begin], side[end - 1]
+            flat.append(self.memory[kind][first:last + shape.numel()])
+        return Factors(*flat)
+
+    def _stacked(self, flat: Factors, begin: int, end: int) -> Factors:
+        """Returns the elements of layers of one run as factors, with the layers in front."""
+        return Factors(*(factor.view(end - begin, *shape) for factor, shape in zip(flat, self.layout.shapes[begin])))
