@@ -8,7 +8,7 @@ import wrapt
 from collections import defaultdict
 from dataclasses import dataclass
 from torch import Tensor
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 # The attribute of vLLM's wrapper of kernels that says which tokens of a batch have which slot.
 _TOKENS = '_swift_patch_tokens'
@@ -27,7 +27,6 @@ def install_fix(module: Any) -> None:
     """
     shrink = module.bgmv_shrink
 
-    # A function like the one in its place, so that it can be compiled, too.
     @functools.wraps(shrink)
     def bgmv_shrink(inputs: Any, weights: Any, output: Any, slots: Any, scaling: float = 1.0) -> None:
         shrink(inputs, weights, output, slots, scaling)
@@ -38,14 +37,13 @@ def install_fix(module: Any) -> None:
 
 
 def install_product(module: Any) -> None:
-    """Has linear layers multiply by slots, where the model is not compiled.
+    """Has linear layers multiply by slots. Fully sharded ones, which vLLM has functions of their own for, do not.
 
     Args:
         module: `vllm.lora.punica_wrapper.punica_cpu`.
     """
     wrapt.wrap_function_wrapper(module, 'PunicaWrapperCPU.update_metadata', _update)
-    wrapt.wrap_function_wrapper(module, 'PunicaWrapperCPU._apply_shrink', _shrink)
-    wrapt.wrap_function_wrapper(module, 'PunicaWrapperCPU._apply_expand', _expand)
+    wrapt.wrap_function_wrapper(module, 'PunicaWrapperCPU.add_lora_linear', _add)
 
 
 def _update(wrapped: Callable[..., None], wrapper: Any, args: Any, kwargs: Any) -> None:
@@ -53,33 +51,15 @@ def _update(wrapped: Callable[..., None], wrapper: Any, args: Any, kwargs: Any) 
     setattr(wrapper, _TOKENS, Tokens(wrapper.token_lora_indices.tolist()))
 
 
-def _tokens_of(wrapper: Any) -> 'Optional[Tokens]':
-    """Returns which tokens have which slot; None where that is not to be relied on."""
-    # What is compiled runs with other tokens later.
-    return None if torch.compiler.is_compiling() else getattr(wrapper, _TOKENS, None)
-
-
-def _shrink(wrapped: Callable[..., None], wrapper: Any, args: Any, kwargs: Any) -> None:
-    """Puts the products of x and A into y, times a factor; zeros for tokens without an adapter."""
-    found = _tokens_of(wrapper)
-    if found is None:
+def _add(wrapped: Callable[..., None], wrapper: Any, args: Any, kwargs: Any) -> None:
+    """Adds to what linear layers return what the adapters of the tokens make of their inputs."""
+    found: Optional[Tokens] = getattr(wrapper, _TOKENS, None)
+    # A buffer is left to vLLM, where nothing brings one today.
+    if found is None or kwargs:
         wrapped(*args, **kwargs)
         return
-    y, x, weights, factor = args
-    y.zero_()
-    for tokens, product in found.products(x, weights, y.dtype):
-        y[:, :product.shape[-1]].index_copy_(0, tokens, product.mul_(factor))
-
-
-def _expand(wrapped: Callable[..., None], wrapper: Any, args: Any, kwargs: Any) -> None:
-    """Adds the products of x and B to columns of y."""
-    found = _tokens_of(wrapper)
-    y, x, weights, offset, size, *add = args
-    if found is None or not kwargs.get('add_inputs', *add or (True, )):
-        wrapped(*args, **kwargs)
-        return
-    for tokens, product in found.products(x, weights, y.dtype):
-        y[:, offset:offset + size].index_add_(0, tokens, product)
+    y, x, A, B, scale, sizes = args
+    found.add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, scale, sizes)
 
 
 @dataclass(frozen=True)
@@ -87,17 +67,21 @@ class _Part:
     """Tokens that are multiplied at a time: as many of each slot of a range as there is room for.
 
     Attributes:
-        tokens: which they are.
-        rows: where they are among `num_slots` times `room` rows.
         first: the first slot.
         num_slots: how many slots there are.
-        room: how many tokens of each there is room for.
+        source: the token of each of `num_slots` times `room` rows; any token where a row is empty.
+        rows: which rows are not empty; None for all.
+        tokens: the tokens of these.
     """
-    tokens: Tensor
-    rows: Tensor
     first: int
     num_slots: int
-    room: int
+    source: Tensor
+    rows: Optional[Tensor]
+    tokens: Tensor
+
+    def of_slots(self, weights: Tensor) -> Tensor:
+        """Returns the transposed matrices of the slots, of all there are, (slots, 1, out_features, in_features)."""
+        return weights[self.first:self.first + self.num_slots, 0].mT
 
 
 class Tokens:
@@ -117,20 +101,30 @@ class Tokens:
         several = {slot: tokens for slot, tokens in by_slot.items() if len(tokens) > 1}
         self._parts = [part for group in (single, several) for part in _parts(group)]
 
-    def products(self, x: Tensor, weights: Tensor, dtype: torch.dtype) -> Iterator[Tuple[Tensor, Tensor]]:
-        """Yields tokens, and what they have multiplied by the matrices of their slots.
+    def add(self, y: Tensor, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: float,
+            sizes: Sequence[int]) -> None:
+        """Adds to each token what the adapter in its slot makes of it.
 
         Args:
-            x: what each token has, (tokens, in_features).
-            weights: the matrices, (slots, 1, out_features, in_features).
-            dtype: the dtype of the products.
+            y: what is added to, (tokens, out_features): columns of one linear layer after another.
+            x: what the layers get, (tokens, in_features).
+            A: of each layer the factors of all slots, (slots, 1, rank, in_features).
+            B: the same, (slots, 1, out_features, rank).
+            scale: a factor of all.
+            sizes: the out_features of each layer.
         """
-        x = x.to(dtype)
+        # Like vLLM: x and A are multiplied in float32, the product and B in the dtype of y.
+        x = x.float()
         for part in self._parts:
-            padded = x.new_zeros(part.num_slots * part.room, x.shape[-1]).index_copy_(0, part.rows, x[part.tokens])
-            matrices = weights[part.first:part.first + part.num_slots, 0].to(dtype)
-            product = torch.bmm(padded.view(part.num_slots, part.room, -1), matrices.mT)
-            yield part.tokens, product.flatten(0, 1)[part.rows]
+            padded = x.index_select(0, part.source).view(part.num_slots, -1, x.shape[-1])
+            at = 0
+            for to_rank, from_rank, size in zip(A, B, sizes):
+                shrunk = torch.bmm(padded, part.of_slots(to_rank).float())
+                shrunk = (shrunk if scale == 1 else shrunk.mul_(scale)).to(y.dtype)
+                added = torch.bmm(shrunk, part.of_slots(from_rank).to(y.dtype)).flatten(0, 1)
+                columns = y.narrow(1, at, size)
+                columns.index_add_(0, part.tokens, added if part.rows is None else added.index_select(0, part.rows))
+                at += size
 
 
 def _parts(by_slot: Dict[int, List[int]]) -> Iterator[_Part]:
@@ -145,4 +139,11 @@ def _parts(by_slot: Dict[int, List[int]]) -> Iterator[_Part]:
         return
     tokens = [token for of_slot in by_slot.values() for token in of_slot]
     rows = [(slot - first) * room + number for slot, of_slot in by_slot.items() for number in range(len(of_slot))]
-    yield _Part(torch.tensor(tokens), torch.tensor(rows), first, count, room)
+    source = [tokens[0]] * (count * room)
+    for row, token in zip(rows, tokens):
+        source[row] = token
+    if len(tokens) == len(source):
+        # Every row is taken as it comes.
+        yield _Part(first, count, torch.tensor(source), None, torch.tensor(source))
+    else:
+        yield _Part(first, count, torch.tensor(source), torch.tensor(rows), torch.tensor(tokens))
