@@ -3,7 +3,6 @@ import asyncio
 import os
 import threading
 import time
-from collections import OrderedDict
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
 from copy import copy
@@ -22,14 +21,13 @@ from ..errors import reason_of, short_repr
 from ..lora.composition import Composition
 from ..lora.library import AdapterLibrary
 from .children import starting_children
+from .loads import Loads
 from .mixtures import LORA_RANKS, Mixtures, lora_options
 from .settings import CACHE_BYTES
 
 _T = TypeVar('_T')
 
 _ENDED = 'The engine of vLLM ended: its log says why.'
-# How long one that was asked something may be silent before it is looked whether it has ended.
-_SECONDS_OF_LOOKING = 1.
 # What `torchrun` tells a rank. vLLM would take its processes for other ranks of the same run.
 _OF_RANKS = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'GROUP_WORLD_SIZE', 'ROLE_RANK',
              'ROLE_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
@@ -97,8 +95,6 @@ class VllmFusionEngine(ComposedInference, VllmEngine):  # type: ignore[misc]  # 
         self._cache_bytes = cache_bytes
         self.on_batch: Callable[[int], None] = lambda size: None
         self._composing, self._generating = _Clock(), _Clock()
-        # By number, what vLLM was asked to load. It puts others out in about this order.
-        self._loads: 'OrderedDict[int, asyncio.Task[bool]]' = OrderedDict()
         self._num_running = 0
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._loop_lock = threading.Lock()
@@ -110,6 +106,7 @@ class VllmFusionEngine(ComposedInference, VllmEngine):  # type: ignore[misc]  # 
             max_lora_rank=max_lora_rank,
             enable_lora=True,
             **options)
+        self._loads = Loads(self.engine, self._max_loaded)
         # A copy, for its way to encode is replaced; the user's stays as it is.
         self.template = copy(self.template)
         self._encode, self.template.encode = self.template.encode, self._encode_unless_encoded
@@ -330,6 +327,7 @@ class VllmFusionEngine(ComposedInference, VllmEngine):  # type: ignore[misc]  # 
         In a step of the engine, what is wrong with it would be found too late.
 
         Raises:
+            EngineEnded: The engine ended.
             ValueError: It cannot be merged.
         """
         composition = self.composer.composition_of(sample)
@@ -339,48 +337,13 @@ class VllmFusionEngine(ComposedInference, VllmEngine):  # type: ignore[misc]  # 
         start = time.perf_counter()
         # It looks at files.
         found = await asyncio.get_running_loop().run_in_executor(None, self._request, composition)
-        load = self._loads.get(found.lora_int_id)
-        if load is None:
-            load = self._loads[found.lora_int_id] = asyncio.ensure_future(self._load(found))
-            # Where everybody who waits goes away, nobody asks what came of it.
-            load.add_done_callback(lambda task: task.cancelled() or task.exception())
-            while len(self._loads) > self._max_loaded:
-                self._loads.popitem(last=False)
-        self._loads.move_to_end(found.lora_int_id)
-        # Others may wait for it, too.
-        await asyncio.shield(load)
-        ticket.composed(time.perf_counter() - start)
-        return found
-
-    async def _load(self, lora_request: LoRARequest) -> bool:
         try:
             with self._composing:
-                found: bool = await self._heard(self.engine.add_lora(lora_request))
-                return found
-        except BaseException:
-            # The next request for it tries again.
-            self._loads.pop(lora_request.lora_int_id, None)
-            raise
-
-    async def _heard(self, call: 'Coroutine[Any, Any, _T]') -> _T:
-        """Returns what vLLM says where it was asked something. Where it ends meanwhile, it never says anything.
-
-        Raises:
-            EngineEnded: It ended.
-            ValueError: What a worker raised, which comes as text of an error of another kind.
-        """
-        task = asyncio.ensure_future(call)
-        while not task.done():
-            await asyncio.wait((task, ), timeout=_SECONDS_OF_LOOKING)
-            if not self.is_alive:
-                task.cancel()
-                raise EngineEnded(_ENDED)
-        try:
-            return task.result()
+                await self._loads.load(found)
         except EngineDeadError as e:
             raise EngineEnded(_ENDED) from e
-        except Exception as e:
-            raise ValueError(str(e).partition('method failed: ')[2] or reason_of(e)) from e
+        ticket.composed(time.perf_counter() - start)
+        return found
 
     def _request(self, composition: Composition) -> LoRARequest:
         return self._mixtures.request(composition, short_repr(dict(zip(composition.sources, composition.weights))))

@@ -89,13 +89,12 @@ def _create(wrapped: Callable[..., Any], models: Any, args: Any, kwargs: Any) ->
     settings = Settings.from_environment()
     engine, bases = [*args, *kwargs.values()][:2]
     if settings is not None:
-        config = engine.vllm_config
         for module in kwargs.get('lora_modules') or ():
             if module.name in settings.library:
                 raise ValueError(
                     f'--lora-modules has an adapter {module.name!r}, but so has {ADAPTERS}: give it another '
                     'name.')
-        resolver = MixtureResolver(config.model_config, config.lora_config, [base.name for base in bases], settings)
+        resolver = MixtureResolver(engine, [base.name for base in bases], settings)
         setattr(models, _RESOLVER, resolver)
         LoRAResolverRegistry.register_resolver(_NAME, resolver)
     wrapped(*args, **kwargs)
@@ -131,7 +130,7 @@ async def _check(wrapped: Callable[..., Any], serving: Any, args: Any, kwargs: A
     resolver = getattr(models, _RESOLVER, None)
     if resolver is not None and name and not models.is_base_model(name) and name not in models.lora_requests:
         try:
-            found = await resolver.loaded(models.engine_client, name)
+            found = await resolver.loaded(name)
         except VLLMClientError as e:
             return serving.create_error_response(e)
         if found is not None:

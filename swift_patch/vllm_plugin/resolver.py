@@ -1,15 +1,14 @@
 """Which adapter of vLLM's the name of a model asks for: one that is merged for the request."""
 import asyncio
-from collections import OrderedDict
 from typing import Any, Iterable, Optional
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..errors import without_paths
 from ..serve.errors import RequestError
 from ..serve.mixture import asked_for
+from .loads import Loads
 from .mixtures import Mixtures
 from .settings import Settings
 
@@ -18,8 +17,7 @@ class MixtureResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not there 
     """Makes requests for adapters of models like `sql`, `sql=0.6,math=0.4` and `sql,math,merge_method=mixture`.
 
     Args:
-        model_config: vLLM's config of the model.
-        lora_config: vLLM's config of adapters.
+        engine: vLLM's client of the engine.
         bases: what the base model is called.
         settings: the adapters, and how they are merged.
 
@@ -27,17 +25,16 @@ class MixtureResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not there 
         ValueError: an adapter is called as the base model is, or Transformers has no such model.
     """
 
-    def __init__(self, model_config: Any, lora_config: Any, bases: Iterable[str], settings: Settings):
+    def __init__(self, engine: Any, bases: Iterable[str], settings: Settings):
         self._settings, self._bases = settings, list(bases)
         taken = next((base for base in self._bases if base in settings.library), None)
         if taken is not None:
             raise ValueError(f'The base model is called {taken!r}, but so is an adapter: give --served-model-name.')
+        model_config, lora_config = engine.vllm_config.model_config, engine.vllm_config.lora_config
         self._mixtures = Mixtures(model_config.hf_config, model_config.dtype, settings.library,
                                   **settings.composer_args)
         self._mixtures.max_lora_rank = lora_config.max_lora_rank
-        self._max_loaded: int = lora_config.max_cpu_loras
-        # By number, those that the engine was asked to load; it puts others out in about this order.
-        self._loaded: 'OrderedDict[int, None]' = OrderedDict()
+        self._loads = Loads(engine, lora_config.max_cpu_loras)
 
     @property
     def names(self) -> 'list[str]':
@@ -58,11 +55,10 @@ class MixtureResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not there 
         # It looks at files.
         return await asyncio.get_running_loop().run_in_executor(None, self._request, lora_name)
 
-    async def loaded(self, engine: Any, lora_name: str) -> Optional[LoRARequest]:
+    async def loaded(self, lora_name: str) -> Optional[LoRARequest]:
         """Returns what `resolve_lora` does, once the engine has it.
 
         Args:
-            engine: vLLM's client of the engine.
             lora_name: the name.
 
         Raises:
@@ -70,26 +66,18 @@ class MixtureResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not there 
             VLLMValidationError: see `resolve_lora`, or the engine cannot load it.
             EngineDeadError: the engine has ended.
         """
-        error: Optional[Exception] = None
+        error: Optional[ValueError] = None
         # Once more where files were replaced between the look at them and the merge.
         for _ in range(2):
             found = await self.resolve_lora('', lora_name)
             if found is None:
                 return None
             try:
-                if found.lora_int_id not in self._loaded:
-                    await engine.add_lora(found)
-            except EngineDeadError:
-                raise
-            except Exception as e:  # what a worker raises comes as text of an error of another kind
+                await self._loads.load(found)
+                return found
+            except ValueError as e:
                 error = e
-                continue
-            self._loaded[found.lora_int_id] = None
-            self._loaded.move_to_end(found.lora_int_id)
-            while len(self._loaded) > self._max_loaded:
-                self._loaded.popitem(last=False)
-            return found
-        raise self._refused(lora_name, str(error).rpartition(' method failed: ')[2]) from error
+        raise self._refused(lora_name, str(error)) from error
 
     def _request(self, name: str) -> Optional[LoRARequest]:
         library = self._settings.library
