@@ -7,7 +7,8 @@ It prints tables in Markdown. The figures:
     samples   samples per second of one dataset: one by one, rows in ms-swift's engine, vLLM with one LoRA for all, vLLM
               with a fusion for each sample and 4, 16, 64 slots for adapters
     run       the same by `swift-patch infer`, with either backend
-    cpu       CPU seconds of 64 requests at once, each with a mixture that was never seen, over those with one for all
+    cpu       CPU seconds of 64 requests at once, each with a mixture that was never seen, over those with one for all,
+              and over those with one for all in a vLLM without the plugin
     added     milliseconds that a mixture that was never seen adds to one request
     blocked   milliseconds that one holds up the engine, and those of an adapter that is loaded from a folder
     many      after many mixtures: memory of all processes, the list of models, the latency of the last over the first
@@ -207,25 +208,37 @@ def _best(what: str, found: Dict[str, List[float]]) -> Iterator[Row]:
         yield Row(f'{what}: {way}', f'{max(rates):.2f} samples/s', ', '.join(f'{rate:.2f}' for rate in rates))
 
 
-def cpu(server: VllmServer, args: argparse.Namespace, progress: Progress) -> Iterator[Row]:
+def cpu(server: VllmServer, alone: VllmServer, args: argparse.Namespace, progress: Progress) -> Iterator[Row]:
     """Compares requests that each have a mixture that was never seen with the same of one mixture, by turns.
 
     And with the same of as many mixtures that the engine has: what the rest is, it takes for adapters that differ.
+
+    Args:
+        server: a vLLM with the plugin.
+        alone: one without, which serves the adapter `lora_0`.
+        args: what `main` was told.
+        progress: is told what is measured.
     """
     new = iter(mixtures(AT_ONCE * args.rounds * 3, seed=4))
-    found: Dict[str, List[float]] = {'never seen': [], 'known': [], 'one for all': [], 'base model': []}
+    found: Dict[str, List[float]] = {}
     for number in range(args.rounds * 3):
         models = list(map(model_of, itertools.islice(new, AT_ONCE)))
-        turns = [[('never seen', models), ('known', models)], [('one for all', models[:1] * AT_ONCE)],
-                 [('base model', [BASE] * AT_ONCE)]]
-        for way, of_way in itertools.chain(*(turns if number % 2 else turns[::-1])):
+        turns = [
+            # The mixtures are known once they were asked for.
+            ('never seen', server, models),
+            ('known', server, models),
+            ('one for all', server, models[:1] * AT_ONCE),
+            ('base model', server, [BASE] * AT_ONCE),
+            ('one for all without the plugin', alone, ['lora_0'] * AT_ONCE),
+        ]
+        for way, of_way, named in turns if number % 2 else [*turns[2:], *turns[:2]]:
             progress(f'cpu: {way}, round {number + 1} of {args.rounds * 3}')
-            before = cpu_seconds(server)
-            ask_at_once(server, [body_of(each, model) for each, model in enumerate(of_way)])
-            found[way].append(cpu_seconds(server) - before)
+            before = cpu_seconds(of_way)
+            ask_at_once(of_way, [body_of(each, model) for each, model in enumerate(named)])
+            found.setdefault(way, []).append(cpu_seconds(of_way) - before)
     medians = {way: statistics.median(of_way) for way, of_way in found.items()}
-    for first, second in (('never seen', 'one for all'), ('never seen', 'known'), ('known', 'one for all'),
-                          ('one for all', 'base model')):
+    for first, second in (('never seen', 'one for all without the plugin'), ('never seen', 'one for all'),
+                          ('never seen', 'known'), ('known', 'one for all'), ('one for all', 'base model')):
         ratios = [ours / theirs for ours, theirs in zip(found[first], found[second])]
         yield Row(f'CPU seconds of {AT_ONCE} mixtures at once, {first} over {second} (max_loras {AT_ONCE}), median',
                   f'{statistics.median(ratios):.2f}', f'{medians[first]:.2f} s over {medians[second]:.2f} s')
@@ -375,9 +388,8 @@ def measured(args: argparse.Namespace, progress: Progress) -> Iterator[Row]:
         if {'cpu', 'added'} & set(args.only):
             adapters = str(Path(small.adapters['lora_0']).parent)
             options = (*OPTIONS, '--max-loras', str(AT_ONCE))
-            with serving_vllm(
-                    small.model, *options, SWIFT_PATCH_ADAPTERS=adapters,
-                    OMP_NUM_THREADS=os.environ['OMP_NUM_THREADS']) as server:
+            threads = {'OMP_NUM_THREADS': os.environ['OMP_NUM_THREADS']}
+            with serving_vllm(small.model, *options, SWIFT_PATCH_ADAPTERS=adapters, **threads) as server:
                 # Every adapter is read, and all that is slow at first is done.
                 ask_at_once(server, [body_of(number, name) for number, name in enumerate(small.adapters)])
                 ask_at_once(server,
@@ -385,7 +397,12 @@ def measured(args: argparse.Namespace, progress: Progress) -> Iterator[Row]:
                 if 'added' in args.only:
                     yield from added(server, progress)
                 if 'cpu' in args.only:
-                    yield from cpu(server, args, progress)
+                    one = f'lora_0={small.adapters["lora_0"]}'
+                    with serving_vllm(
+                            small.model, *options, '--enable-lora', '--lora-modules', one, VLLM_PLUGINS='',
+                            **threads) as alone:
+                        ask_at_once(alone, [body_of(number, 'lora_0') for number in range(AT_ONCE)])
+                        yield from cpu(server, alone, args, progress)
         if 'samples' in args.only:
             yield from samples(small, args, progress)
         if 'run' in args.only:
