@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# What needs vLLM, with a real one, in an environment of its own (3.6 GB). In one process: each has a server of its own.
+# What needs vLLM, with a real one, in an environment of its own (4.3 GB). In one process: each has a server of its own.
 vllm-test: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
