@@ -13,7 +13,6 @@ The figures, of which each is a ratio or a count within one run, for times are t
 Of `equal`, `throughput` and `latency` the model is a Qwen2 with 24 layers, hidden 256; of the others a tiny one.
 """
 import argparse
-import asyncio
 import httpx
 import json
 import os
@@ -32,7 +31,7 @@ from measure import timed
 from pathlib import Path
 from rich.console import Console
 from rich.table import Table
-from server import Server, serving
+from server import Server, posted_at_once, serving
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from workloads import NAMES, SHAPES
 
@@ -117,7 +116,7 @@ def question(number: int) -> str:
 def body_of(number: int, mixture: Dict[str, float], max_tokens: int) -> Dict[str, Any]:
     """Returns the body of a request."""
     return {
-        'model': ','.join(f'{name}={weight}' for name, weight in mixture.items()),
+        'model': model_of(mixture),
         'messages': [{
             'role': 'user',
             'content': question(number)
@@ -125,6 +124,11 @@ def body_of(number: int, mixture: Dict[str, float], max_tokens: int) -> Dict[str
         'max_tokens': max_tokens,
         'temperature': 0
     }
+
+
+def model_of(mixture: Dict[str, float]) -> str:
+    """Returns how a request asks for a mixture."""
+    return ','.join(f'{name}={weight}' for name, weight in mixture.items())
 
 
 def content(response: httpx.Response) -> str:
@@ -135,14 +139,8 @@ def content(response: httpx.Response) -> str:
 
 def asked_at_once(url: str, bodies: List[Dict[str, Any]]) -> Tuple[List[str], float, float]:
     """Asks all at once and returns the answers, the tokens per second, and how large a batch was at the median."""
-
-    async def ask() -> List[httpx.Response]:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=SECONDS, limits=limits) as client:
-            return await asyncio.gather(*(client.post(CHAT, json=body) for body in bodies))
-
     found: List[httpx.Response] = []
-    seconds = timed(lambda: found.extend(asyncio.run(ask())))
+    seconds = timed(lambda: found.extend(posted_at_once(url + CHAT, bodies)))
     answers = [content(response) for response in found]
     tokens = sum(response.json()['usage']['completion_tokens'] for response in found)
     sizes = [response.json()['timings']['batch_size'] for response in found]

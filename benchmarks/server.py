@@ -1,4 +1,6 @@
 """A server of `swift-patch deploy` in a process of its own, which tests and benchmarks ask."""
+import asyncio
+import httpx
 import re
 import signal
 import socket
@@ -9,11 +11,13 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Iterator, Mapping, Optional
+from typing import IO, Any, Iterator, List, Mapping, Optional, Sequence
 
 # A server that says nothing in this time hangs: it is killed.
 _SECONDS_TO_BEGIN = 300
 _SECONDS_TO_END = 120
+# What is not answered in this time hangs.
+_SECONDS_TO_ANSWER = 600
 _READY = re.compile(r'Serving (.*) and [\d,]+ adapters at (https?://\S+)$')
 
 
@@ -46,6 +50,17 @@ class Server:
         """Has it end as an operator would, and returns the status of its process."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(_SECONDS_TO_END)
+
+
+def posted_at_once(url: str, bodies: Sequence[Mapping[str, Any]]) -> List[httpx.Response]:
+    """Sends all bodies at once, and returns the responses, each where its body is."""
+
+    async def post_all() -> List[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=_SECONDS_TO_ANSWER, limits=limits) as client:
+            return await asyncio.gather(*(client.post(url, json=body) for body in bodies))
+
+    return asyncio.run(post_all())
 
 
 def free_port() -> int:

@@ -17,7 +17,6 @@ The model is a Qwen2 with 24 layers, hidden 256, 168 LoRA layers of rank 8 (0.8 
 fusion is of 3 of 14 LoRAs. (A module called vllm here would hide vLLM.)
 """
 import argparse
-import asyncio
 import httpx
 import itertools
 import json
@@ -30,7 +29,8 @@ import time
 from measure import timed
 from pathlib import Path
 from rich.console import Console
-from serve import Files, mixtures, question, written
+from serve import Files, mixtures, model_of, question, written
+from server import posted_at_once
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 from vllm_server import BASE, ENVIRONMENT, VllmServer, serving_vllm
 from workloads import SHAPES
@@ -40,6 +40,7 @@ from swift_patch.synthetic.tiny_model import MODEL_TYPE, TEMPLATE
 TOKENS, AT_ONCE = 32, 64
 SLOTS = (4, 16, 64)
 SECONDS = 600
+COMPLETIONS = '/v1/completions'
 # vLLM's attention on a CPU wants heads of 32 and more.
 SHAPES['tiny for vLLM'] = {**SHAPES['tiny'], 'hidden_size': 64, 'intermediate_size': 128}
 # As much rank as they have, for each slot is computed in full.
@@ -61,11 +62,6 @@ class Row(NamedTuple):
     details: str = ''
 
 
-def model_of(mixture: Dict[str, float]) -> str:
-    """Returns how a request asks for a mixture."""
-    return ','.join(f'{name}={weight}' for name, weight in mixture.items())
-
-
 def body_of(number: int, model: str, max_tokens: int = TOKENS) -> Dict[str, Any]:
     """Returns the body of a request, which is answered by so many tokens."""
     return {
@@ -79,21 +75,15 @@ def body_of(number: int, model: str, max_tokens: int = TOKENS) -> Dict[str, Any]
 
 def ask(client: httpx.Client, body: Dict[str, Any]) -> str:
     """Returns what is answered."""
-    response = client.post('/v1/completions', json=body)
+    response = client.post(COMPLETIONS, json=body)
     response.raise_for_status()
     return str(response.json()['choices'][0]['text'])
 
 
 def ask_at_once(server: VllmServer, bodies: List[Dict[str, Any]]) -> None:
     """Asks all at once, and waits for all answers."""
-
-    async def ask_all() -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS, limits=limits) as client:
-            for response in await asyncio.gather(*(client.post('/v1/completions', json=body) for body in bodies)):
-                response.raise_for_status()
-
-    asyncio.run(ask_all())
+    for response in posted_at_once(server.url + COMPLETIONS, bodies):
+        response.raise_for_status()
 
 
 def cpu_seconds(server: VllmServer) -> float:

@@ -1,7 +1,7 @@
 """Requests to a server of `l0` to `l4`, and what they are to be answered."""
-import asyncio
 import httpx
 import random
+from server import posted_at_once
 
 PROMPT, TOKENS = 'hello world', 12
 # In logits. What is as close as this may be turned around by the order of sums.
@@ -50,13 +50,7 @@ def tokens_of(response):
 
 def asked_at_once(server, models):
     """Returns the tokens of each of many requests that are sent at once, or the status of those that fail."""
-
-    async def ask():
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
-            return await asyncio.gather(*(client.post('/v1/completions', json=body_of(model)) for model in models))
-
-    return [tokens_of(response) for response in asyncio.run(ask())]
+    return list(map(tokens_of, posted_at_once(f'{server.url}/v1/completions', list(map(body_of, models)))))
 
 
 def ask(server, model, **fields):
